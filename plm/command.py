@@ -1,0 +1,47 @@
+"""What every command shares: flags, one line for bad input, exit codes."""
+
+import sys
+from collections.abc import Callable
+
+from absl import app, flags
+
+from plm.errors import UserError
+
+BAD_INPUT = 2
+
+
+def complain(message: object) -> None:
+    """Prints one line, whatever line breaks the message holds."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+
+
+def run(main: Callable[[], int | None], *, required: tuple[str, ...] = ()) -> None:
+    """Parses the flags, calls `main()` and exits.
+
+    A `UserError`, an unknown or ill-typed flag, a missing `required` flag or a stray positional argument prints one
+    line and exits with 2; any other exception keeps its traceback.
+    """
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            rest = flags.FLAGS(argv)
+            if len(rest) > 1:
+                raise UserError(
+                    f"unexpected argument {rest[1]!r}: values are given as flags, for example --config.seed=1"
+                )
+            missing = [f"--{name}" for name in required if flags.FLAGS[name].value in (None, "")]
+            if missing:
+                raise UserError(f"{', '.join(missing)} must be given; --help lists every flag")
+        except (UserError, flags.Error) as error:
+            complain(error)
+            sys.exit(BAD_INPUT)
+        return rest
+
+    def guarded(_: list[str]) -> int | None:
+        try:
+            return main()
+        except UserError as error:
+            complain(error)
+            return BAD_INPUT
+
+    app.run(guarded, flags_parser=parse)

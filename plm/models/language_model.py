@@ -1,0 +1,207 @@
+"""The language model: an embedding, one tower of blocks or two, and a head for each objective.
+
+Architecture (`transformer` or `lstm`), direction and input are independent choices; ELMo, GPT and BERT are three
+points among them (`elmo.py`, `gpt.py`, `bert.py` give their settings). Parameter names:
+
+| part | names |
+| --- | --- |
+| embedding | `embedding/tokens/table` or `embedding/characters/...`, `embedding/{positions,segments}/table`, |
+| | `embedding/norm/*` |
+| body | `blocks/<layer>/...`; with two towers the second is `backward_blocks/<layer>/...` |
+| heads | `heads/<objective>/...`; a tied table is counted and stored once, as `embedding/tokens/table` |
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from plm.errors import UserError
+from plm.models.char_cnn import CharacterEncoder
+from plm.models.heads import NextSentenceHead, VocabularyHead
+from plm.models.layers import LayerNorm, Noise, Stack, Table, dropout, dropout_parameter
+from plm.models.lstm import LstmBlock, reverse_within
+from plm.models.transformer import TransformerBlock, attention_mask
+
+DIRECTIONS = ("forward", "both", "full")
+
+
+class Embedding(nnx.Module):
+    """Token (or character) vectors + positions + segments, LayerNorm and dropout as the config says."""
+
+    def __init__(self, config, size: int, multiple: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        table = {"init": config.init, "stddev": config.init_stddev, "rngs": rngs}
+        by_characters = config.input == "characters"
+        self.characters = CharacterEncoder(config, dtype=dtype, rngs=rngs) if by_characters else None
+        by_tokens = not by_characters or config.tied
+        self.tokens = Table(size, config.width, multiple=multiple, **table) if by_tokens else None
+        n_positions, n_segments = config.get("max_positions"), config.get("segments")
+        self.positions = Table(n_positions, config.width, **table) if n_positions else None
+        self.segments = Table(n_segments, config.width, **table) if n_segments else None
+        self.norm = LayerNorm(config.width, config.norm_epsilon, rngs=rngs) if config.embedding_norm else None
+        self.input, self.dtype, self.rate = config.input, dtype, config.embedding_dropout
+        self.on_matrix = config.embedding_dropout_on == "matrix"
+
+    def dropped_table(self, noise: Noise | None) -> jax.Array | None:
+        """GPT drops elements of the embedding matrix itself, once a step, and ties the output to the dropped one."""
+        if not self.on_matrix or noise is None or self.tokens is None:
+            return None
+        return dropout_parameter(self.tokens.table[...], self.rate, noise, "embedding/tokens")
+
+    def __call__(self, tokens, characters, segments, noise: Noise | None, table: jax.Array | None, name: str):
+        """[B, T] ids (or [B, T, 50] characters) -> [B, T, width]; `name` keeps the noise of two towers apart."""
+        if self.input == "characters":
+            x = self.characters(characters)
+        elif table is not None:
+            x = jnp.take(table, tokens, axis=0, mode="clip").astype(self.dtype)
+        else:
+            x = self.tokens(tokens, self.dtype)
+        if self.segments is not None and segments is not None:
+            x = x + self.segments(segments, self.dtype)
+        if self.positions is not None:
+            positions = self.positions.table[: x.shape[1]]
+            if self.on_matrix:
+                positions = dropout_parameter(positions, self.rate, noise, "embedding/positions")
+            x = x + positions.astype(self.dtype)[None]
+        if self.norm is not None:
+            x = self.norm(x)
+        return x if self.on_matrix else dropout(x, self.rate, noise, f"embedding/{name}")
+
+
+class LanguageModel(nnx.Module):
+    """`outputs, carry = model(batch, carry, key=None, layers=False)`; no key, no dropout.
+
+    Reads from the batch (rows first): tokens [B, T] or characters [B, T, 50]; optional length [B], segments [B, T],
+    row [B] (global row, for the noise); with two towers optionally tokens_backward / characters_backward, the backward
+    stream in its own reading order, else the tokens reversed within their length.
+
+    Outputs: `hidden` [B, T, W] (direction forward or full), or `forward` and `backward` [B, T, W] (two towers).
+    `backward` is in the reading order of the backward stream if the batch gave one, else aligned with the tokens.
+    `table`: the dropped embedding matrix where the config drops it. `layers` [L + 1, B, T, features], the embedding
+    first, both towers concatenated and aligned, on request.
+
+    carry: {"forward": {"c" [B, L, C], "m" [B, L, P]}, "backward": ...} float32 for LSTM towers that read left to right
+    or right to left; `{}` in means fresh zeros and `{}` out, and is the only carry of every other model.
+    """
+
+    def __init__(self, config, size: int, objectives: tuple[str, ...], *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        model = config.model
+        if model.direction not in DIRECTIONS:
+            raise UserError(f"model.direction={model.direction!r} must be one of {', '.join(DIRECTIONS)}")
+        self.direction, self.architecture = model.direction, model.architecture
+        self.embedding = Embedding(model, size, config.vocabulary_multiple, dtype=dtype, rngs=rngs)
+        if model.architecture == "transformer":
+            if model.width % model.heads:
+                raise UserError(f"model.width={model.width} must be divisible by model.heads={model.heads}")
+            outputs = model.width
+
+            def make(rngs):
+                return TransformerBlock(model, dtype=dtype, rngs=rngs)
+        else:
+            outputs = (model.lstm.projection or model.lstm.cells) * (2 if model.direction == "full" else 1)
+            if outputs != model.width:
+                raise UserError(
+                    f"model.width={model.width} must equal the LSTM layers' output width {outputs}"
+                    " (model.lstm.projection, or model.lstm.cells without one; twice that in direction 'full')"
+                )
+
+            def make(rngs):
+                return LstmBlock(model, model.direction, dtype=dtype, rngs=rngs)
+
+        self.blocks = Stack(make, model.layers, rngs=rngs)
+        self.backward_blocks = Stack(make, model.layers, rngs=rngs) if model.direction == "both" else None
+        heads = {}
+        for name in objectives:
+            if name == "next_sentence":
+                heads[name] = NextSentenceHead(model, dtype=dtype, rngs=rngs)
+            else:
+                heads[name] = VocabularyHead(
+                    model,
+                    self.embedding.tokens if model.tied else None,
+                    size,
+                    outputs,
+                    config.vocabulary_multiple,
+                    config.softmax_chunk,
+                    dtype=dtype,
+                    rngs=rngs,
+                )
+        self.heads = nnx.Dict(heads)
+        self.remat, self.unroll = config.remat == "blocks", config.scan.unroll
+        self.output_dropout = model.dropout if model.architecture == "lstm" else 0.0
+        self.n_layers, self.max_positions = model.layers, model.get("max_positions") or 0
+        if model.architecture == "lstm":
+            self.state_widths = (model.lstm.cells, model.lstm.projection or model.lstm.cells)
+
+    def initial_carry(self, batch_size: int) -> dict:
+        """Fresh zeros for `batch_size` rows, or {} for a model that carries nothing."""
+        if self.architecture != "lstm" or self.direction == "full":
+            return {}
+        cells, outputs = self.state_widths
+
+        def zeros():
+            return {
+                "c": jnp.zeros((batch_size, self.n_layers, cells)),
+                "m": jnp.zeros((batch_size, self.n_layers, outputs)),
+            }
+
+        return {"forward": zeros(), "backward": zeros()} if self.direction == "both" else {"forward": zeros()}
+
+    def _tower(self, stack: Stack, x, state, noise: Noise | None, length, layers: bool):
+        """Runs one tower; `state` rows-first or None. Returns (last, new state rows-first or None, layers or None)."""
+        T = x.shape[1]
+        options = {"remat": self.remat, "unroll": self.unroll, "collect": layers}
+        if self.architecture == "transformer":
+            mask = attention_mask(length, T, causal=self.direction != "full")
+            y, _, outputs = stack(x, None, noise, mask=mask, **options)
+            return y, None, outputs
+        valid = None if length is None else jnp.arange(T)[None, :] < length[:, None]
+        by_layer = None if state is None else jax.tree.map(lambda s: jnp.swapaxes(s, 0, 1), state)
+        y, new, outputs = stack(x, by_layer, noise, valid=valid, length=length, **options)
+        y = dropout(y, self.output_dropout, noise, "lstm/output")
+        return y, None if new is None else jax.tree.map(lambda s: jnp.swapaxes(s, 0, 1), new), outputs
+
+    def __call__(self, batch: dict, carry: dict, key: jax.Array | None = None, layers: bool = False):
+        tokens, length = batch.get("tokens"), batch.get("length")
+        characters, segments = batch.get("characters"), batch.get("segments")
+        source = tokens if tokens is not None else characters
+        B, T = source.shape[:2]
+        if self.max_positions and self.max_positions < T:
+            raise UserError(f"a sequence of {T} tokens is longer than model.max_positions={self.max_positions}")
+        noise = None if key is None else Noise(key, batch.get("row", jnp.arange(B)))
+        forward_noise = None if noise is None else noise.named("forward")
+        table = self.embedding.dropped_table(noise)
+        outputs, new_carry = {}, {}
+
+        x = self.embedding(tokens, characters, segments, noise, table, "forward")
+        y, state, by_layer = self._tower(self.blocks, x, carry.get("forward"), forward_noise, length, layers)
+        if layers:
+            by_layer = jnp.concatenate([x[None], by_layer])
+        if carry:
+            new_carry["forward"] = state
+        if self.direction != "both":
+            outputs["hidden"] = y
+        else:
+            own = "tokens_backward" in batch or "characters_backward" in batch
+            if own:
+                tokens_b, characters_b = batch.get("tokens_backward"), batch.get("characters_backward")
+                segments_b = None
+            else:
+                tokens_b, characters_b, segments_b = (
+                    None if a is None else reverse_within(a, length) for a in (tokens, characters, segments)
+                )
+            backward_noise = None if noise is None else noise.named("backward")
+            x_b = self.embedding(tokens_b, characters_b, segments_b, noise, table, "backward")
+            y_b, state, by_layer_b = self._tower(
+                self.backward_blocks, x_b, carry.get("backward"), backward_noise, length, layers
+            )
+            if carry:
+                new_carry["backward"] = state
+            outputs["forward"], outputs["backward"] = y, y_b if own else reverse_within(y_b, length)
+            if layers:
+                by_layer_b = jnp.concatenate([x_b[None], by_layer_b])
+                aligned = jax.vmap(lambda a: reverse_within(a, length))(by_layer_b)
+                by_layer = jnp.concatenate([by_layer, aligned], axis=-1)
+        if table is not None:
+            outputs["table"] = table
+        if layers:
+            outputs["layers"] = by_layer
+        return outputs, new_carry

@@ -126,6 +126,7 @@ def test_longer_contexts_help_where_there_is_structure_and_unseen_contexts_back_
     nats = {order: ngrams.cross_entropy(model, tokens[20000:], np.array([0])) for order, model in models.items()}
     assert nats[2] < nats[1] - 0.2
     tiny = ngrams.kneser_ney(np.array([0, 1, 2]), np.array([0]), 5)
+    assert ngrams.distribution(tiny[5], [0, 1, 2, 0]).sum() == pytest.approx(1)  # no 5-gram was ever seen
     assert ngrams.distribution(tiny[5], [4, 4, 4, 4]) == pytest.approx(ngrams.distribution(tiny[2], [4]))
 
 

@@ -73,7 +73,7 @@ def kneser_ney(
     ids = sequence  # id of the n-gram that ends at each position, -1 where a document is too short for it
     raw = np.bincount(sequence, minlength=vocabulary_size + 1)
     raw[vocabulary_size] = 0  # the border is a context, never a target
-    keys = np.empty(0, np.int64)
+    keys = None
     n_contexts = 1
     for order in range(1, highest + 1):
         if order in orders:
@@ -144,7 +144,9 @@ def distribution(model: Model, context: Sequence[int], *, document_start: bool =
             if context_id[0] < 0:
                 return probability
         types = _find(level.keys, context_id * model.vocabulary_size + everything)
-        probability = (types >= 0) * level.probability[types] + level.backoff[context_id] * probability
+        share = np.zeros(model.vocabulary_size)
+        share[types >= 0] = level.probability[types[types >= 0]]
+        probability = share + level.backoff[context_id] * probability
     return probability
 
 
@@ -243,13 +245,13 @@ def _bordered(tokens: np.ndarray, document_starts: np.ndarray, vocabulary_size: 
     return sequence, np.arange(len(sequence)) - np.repeat(borders, lengths)
 
 
-def _level(keys: np.ndarray, counts: np.ndarray, n_contexts: int, vocabulary_size: int) -> Level:
-    """Discounted shares and left-over mass of one order, from the (adjusted) counts of its n-gram types."""
+def _level(keys: np.ndarray | None, counts: np.ndarray, n_contexts: int, vocabulary_size: int) -> Level:
+    """Discounted shares and left-over mass of one order, from the (adjusted) counts of its types; no keys: order 1."""
     discount = _discounts(counts)[np.minimum(counts, 3)]
-    if not len(keys):
+    if keys is None:
         total = counts.sum()
         share = (counts - discount)[:vocabulary_size] / total
-        return Level(keys, share + (discount.sum() / total) / vocabulary_size, np.empty(0))
+        return Level(np.empty(0, np.int64), share + (discount.sum() / total) / vocabulary_size, np.empty(0))
     contexts = keys // vocabulary_size
     total = np.bincount(contexts, weights=counts, minlength=n_contexts)
     kept_back = np.bincount(contexts, weights=discount, minlength=n_contexts)

@@ -13,46 +13,46 @@ from plm.models.layers import ACTIVATIONS, Dense, LayerNorm, Table
 HIDDEN_LOGIT = -1e30  # logit of padding rows of a table and of accidental hits
 
 
-def _chunks(T: int, chunk: int) -> int:
-    """Number of equal chunks of at most `chunk` along T (0 = one chunk)."""
-    if not chunk or chunk >= T:
+def _chunks(B: int, T: int, chunk: int) -> int:
+    """Number of equal parts of T such that a part holds about `chunk` of the B x T tokens at most (0 = one part)."""
+    if not chunk or chunk >= B * T:
         return 1
-    return next(n for n in range(-(-T // chunk), T + 1) if T % n == 0)
+    return next(n for n in range(-(-B * T // chunk), T + 1) if T % n == 0) if chunk >= B else T
 
 
-def _logits(x_BxTxW, table_VxW, bias_V):
-    logits_BxTxV = jnp.einsum("btw,vw->btv", x_BxTxW, table_VxW, preferred_element_type=jnp.float32)
-    return logits_BxTxV + bias_V[None, None]
+def _logits(x_NxW, table_VxW, bias_V):
+    return jnp.einsum("nw,vw->nv", x_NxW, table_VxW, preferred_element_type=jnp.float32) + bias_V[None]
 
 
-def _chunk_sums(logits_BxTxV, targets_BxT, weights_BxT):
+def _chunk_sums(logits_NxV, targets_N, weights_N):
     """Weighted sums of the negative log-likelihood and of top-1 hits, and what the gradient needs."""
-    top_BxT = jnp.max(logits_BxTxV, axis=-1)
-    log_total_BxT = top_BxT + jnp.log(jnp.sum(jnp.exp(logits_BxTxV - top_BxT[..., None]), axis=-1))
-    target_BxT = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)[..., 0]
-    nll = jnp.sum(weights_BxT * (log_total_BxT - target_BxT))
-    hits = jnp.sum(weights_BxT * (target_BxT >= top_BxT))
-    return nll, hits, log_total_BxT
+    top_N = jnp.max(logits_NxV, axis=-1)
+    log_total_N = top_N + jnp.log(jnp.sum(jnp.exp(logits_NxV - top_N[:, None]), axis=-1))
+    target_N = jnp.take_along_axis(logits_NxV, targets_N[:, None], axis=-1)[:, 0]
+    nll = jnp.sum(weights_N * (log_total_N - target_N))
+    hits = jnp.sum(weights_N * (target_N >= top_N))
+    return nll, hits, log_total_N
 
 
 def _slice(x, index, n):
+    """Part `index` of `n` along axis 1 of [B, T, ...], flattened to [B T / n, ...]."""
     width = x.shape[1] // n
-    return jax.lax.dynamic_slice_in_dim(x, index * width, width, axis=1)
+    part = jax.lax.dynamic_slice_in_dim(x, index * width, width, axis=1)
+    return part.reshape(-1, *x.shape[2:])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def vocabulary_nll(x_BxTxW, table_VxW, bias_V, targets_BxT, weights_BxT, chunk):
     """Weighted sums over [B, T] of -log softmax(x table^T + bias)[target] and of top-1 hits, both float32 scalars.
 
-    The softmax runs in float32 over chunks of `chunk` positions along T (0 = all at once). Where a gradient is wanted
-    it is made chunk by chunk in the forward pass, while the logits are there: no chunk of logits outlives its turn and
+    The softmax runs in float32 over chunks of about `chunk` tokens, cut along T (0 = all at once). Where a gradient is
+    wanted it is made chunk by chunk in the forward pass, while the logits are there: no logits outlive their turn and
     none is computed twice. The weights and the hits have no gradient.
     """
-    n = _chunks(x_BxTxW.shape[1], chunk)
+    n = _chunks(*targets_BxT.shape, chunk)
 
     def body(sums, index):
-        part = (_slice(a, index, n) for a in (x_BxTxW, targets_BxT, weights_BxT))
-        x, targets, weights = part
+        x, targets, weights = (_slice(a, index, n) for a in (x_BxTxW, targets_BxT, weights_BxT))
         nll, hits, _ = _chunk_sums(_logits(x, table_VxW, bias_V), targets, weights)
         return (sums[0] + nll, sums[1] + hits), None
 
@@ -63,19 +63,20 @@ def vocabulary_nll(x_BxTxW, table_VxW, bias_V, targets_BxT, weights_BxT, chunk):
 
 
 def _vocabulary_nll_forward(x_BxTxW, table_VxW, bias_V, targets_BxT, weights_BxT, chunk):
-    n = _chunks(x_BxTxW.shape[1], chunk)
+    B, T = targets_BxT.shape
+    n = _chunks(B, T, chunk)
 
     def body(sums, index):
         x, targets, weights = (_slice(a, index, n) for a in (x_BxTxW, targets_BxT, weights_BxT))
         logits = _logits(x, table_VxW, bias_V)
         nll, hits, log_total = _chunk_sums(logits, targets, weights)
-        is_target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
-        d_logits = (jnp.exp(logits - log_total[..., None]) - is_target) * weights[..., None]
+        is_target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 1) == targets[:, None]
+        d_logits = (jnp.exp(logits - log_total[:, None]) - is_target) * weights[:, None]
         low = d_logits.astype(x.dtype)
-        d_x = jnp.einsum("btv,vw->btw", low, table_VxW, preferred_element_type=jnp.float32).astype(x.dtype)
-        d_table = jnp.einsum("btv,btw->vw", low, x, preferred_element_type=jnp.float32)
-        new = (nll, hits, d_table, jnp.sum(d_logits, axis=(0, 1)))
-        return (new if sums is None else jax.tree.map(jnp.add, sums, new)), d_x
+        d_x = jnp.einsum("nv,vw->nw", low, table_VxW, preferred_element_type=jnp.float32).astype(x.dtype)
+        d_table = jnp.einsum("nv,nw->vw", low, x, preferred_element_type=jnp.float32)
+        new = (nll, hits, d_table, jnp.sum(d_logits, axis=0))
+        return (new if sums is None else jax.tree.map(jnp.add, sums, new)), d_x.reshape(B, T // n, -1)
 
     if n == 1:
         (nll, hits, d_table, d_bias), d_x = body(None, 0)
@@ -173,7 +174,8 @@ class VocabularyHead(nnx.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """All scores, float32 [B, T, size]: for generation and filling, not for training."""
-        return _logits(self.features(x), *self.parameters())[..., : self.size]
+        scores = _logits(self.features(x).reshape(-1, x.shape[-1]), *self.parameters())
+        return scores.reshape(*x.shape[:-1], -1)[..., : self.size]
 
     def nll(self, x, targets, weights, *, table=None, shared: dict | None = None):
         """(sum of weighted nll, sum of weighted top-1 hits); the sampled softmax if `shared` holds negatives."""

@@ -159,6 +159,11 @@ class Dense(nnx.Linear):
             rngs=rngs,
         )
 
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., inputs] -> [..., outputs]. The product is over a matrix of rows: with more leading axes XLA's CPU
+        compiler transposes the activations once more for the kernel's gradient (measured: 1.4 times the time)."""
+        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
 
 class LayerNorm(nnx.LayerNorm):
     """LayerNorm computed in float32 whatever the compute type, with the two-pass variance; returns the input's type."""

@@ -101,14 +101,15 @@ def _recurrence_backward(clips, kept, cotangents):
     (d_c, d_m), (d_z, h_and_d_new) = jax.lax.scan(
         step, (d_c_last, d_m_last), (d_out, z, c_before, out, valid), reverse=True
     )
-    d_recurrent = jnp.einsum(
-        "tbp,tbgc->pgc", m_before.astype(recurrent.dtype), d_z, preferred_element_type=jnp.float32
-    ).astype(recurrent.dtype)
+
+    def over_all_times(pattern, a, b, like):
+        flat = (x.reshape(-1, *x.shape[2:]).astype(like.dtype) for x in (a, b))
+        return jnp.einsum(pattern, *flat, preferred_element_type=jnp.float32).astype(like.dtype)
+
+    d_recurrent = over_all_times("np,ngc->pgc", m_before, d_z, recurrent)
     d_projection = None
     if projection is not None:
-        d_projection = jnp.einsum("tbc,tbp->cp", *h_and_d_new, preferred_element_type=jnp.float32).astype(
-            projection.dtype
-        )
+        d_projection = over_all_times("nc,np->cp", *h_and_d_new, projection)
     return d_z.astype(z.dtype), d_recurrent, d_projection, d_c, d_m, None
 
 
@@ -147,8 +148,9 @@ class LstmCell(nnx.Module):
         if state is None:
             state = {"c": jnp.zeros((B, self.cells)), "m": jnp.zeros((B, self.outputs))}
         x_TxBxI = jnp.swapaxes(x_BxTxI, 0, 1).astype(self.dtype)
-        gates = jnp.einsum("tbi,igc->tbgc", x_TxBxI, self.kernel_input[...].astype(self.dtype))
-        gates = gates + self.bias[...].astype(self.dtype)[None, None]
+        T, inputs = x_TxBxI.shape[0], x_TxBxI.shape[-1]
+        gates = jnp.einsum("ni,igc->ngc", x_TxBxI.reshape(T * B, inputs), self.kernel_input[...].astype(self.dtype))
+        gates = (gates + self.bias[...].astype(self.dtype)[None]).reshape(T, B, *gates.shape[1:])
         out_TxBxP, c, m = recurrence(
             self.clips,
             gates,

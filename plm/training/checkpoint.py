@@ -16,6 +16,7 @@ the restore.
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import hashlib
 import json
@@ -31,7 +32,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from plm.errors import UserError
@@ -101,7 +102,10 @@ def _checksums_of_list(leaves: list[jax.Array]) -> jax.Array:
     return jnp.stack([_checksum(leaf) for leaf in leaves])
 
 
-_local_checksums = jax.jit(_checksums_of_list)
+@functools.cache
+def _checksum_program(mesh: Mesh | None) -> Callable[[list], jax.Array]:
+    """On a mesh the result must lie whole on every process."""
+    return jax.jit(_checksums_of_list, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
 
 def checksums(leaves: dict[str, jax.Array | np.ndarray]) -> dict[str, int]:
@@ -109,13 +113,8 @@ def checksums(leaves: dict[str, jax.Array | np.ndarray]) -> dict[str, int]:
     values = list(leaves.values())
     if not values:
         return {}
-    mesh = next(
-        (leaf.sharding.mesh for leaf in values if isinstance(getattr(leaf, "sharding", None), NamedSharding)), None
-    )
-    compute = _local_checksums
-    if mesh is not None and mesh.size > 1:
-        # The result must lie whole on every process.
-        compute = jax.jit(_checksums_of_list, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    meshes = (leaf.sharding.mesh for leaf in values if isinstance(getattr(leaf, "sharding", None), NamedSharding))
+    compute = _checksum_program(next((mesh for mesh in meshes if mesh.size > 1), None))
     return {path: int(value) for path, value in zip(leaves, np.asarray(compute(values)), strict=True)}
 
 
@@ -286,7 +285,7 @@ def _read(
 
 
 def _to_devices(leaf) -> ocp.ArrayRestoreArgs:
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=tuple(leaf.shape), dtype=leaf.dtype)
 
 

@@ -23,12 +23,14 @@ All arrays of a batch (rows first; B rows, T positions, P predictions; int32 unl
 | bidirectional_targets, ..._weights, and ..._backward_... | [B, T], float32 [B, T] | bidirectional | |
 | masked_positions, masked_targets, masked_weights | [B, P], float32 weights | masked | unused slots: weight 0 |
 | next_sentence_weights | float32 [B] | next_sentence | 0 on rows that only pad a batch |
+| causal_bytes, bidirectional_bytes, ..._backward_bytes | float32 [B] | objective | text of the targets, if lossless |
 | shared/negatives, shared/tries | [K], [] | bidirectional | no rows: never split |
 
 Model outputs: see `plm.models.language_model.LanguageModel`.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -36,6 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from plm.errors import UserError
+from plm.models.graph import import_from_outside
 from plm.models.heads import log_uniform_probabilities
 from plm.randomness import generator, row_uniforms
 
@@ -74,6 +77,13 @@ def _targets(tokenizer, next_tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return tokenizer.target_id(np.maximum(next_tokens, 0)).astype(np.int32), weights
 
 
+def _bytes(tokenizer, name: str, targets: np.ndarray, weights: np.ndarray) -> dict:
+    """{name: bytes of text that the row's targets stand for, float32 [B]}; {} where ids do not determine the text."""
+    if tokenizer.byte_lengths is None:
+        return {}
+    return {name: (tokenizer.byte_lengths[targets] * weights).sum(axis=1, dtype=np.float32)}
+
+
 class Causal:
     """-log p(next token | tokens up to here) (GPT section 3.1); direction forward."""
 
@@ -84,17 +94,22 @@ class Causal:
 
     def fields(self, rows: dict, draw: Draw) -> dict:
         targets, weights = _targets(self.tokenizer, rows["next_tokens"])
-        return {"causal_targets": targets, "causal_weights": weights}
+        fields = {"causal_targets": targets, "causal_weights": weights}
+        return fields | _bytes(self.tokenizer, "causal_bytes", targets, weights)
 
     def weights(self, batch: dict) -> dict:
         total = jnp.sum(batch["causal_weights"])
-        return {"causal": total, "causal_accuracy": total}
+        weights = {"causal": total, "causal_accuracy": total}
+        if "causal_bytes" in batch:
+            weights["causal_bits_per_byte"] = jnp.sum(batch["causal_bytes"])
+        return weights
 
     def sums(self, head, outputs: dict, batch: dict, key) -> dict:
         nll, hits = head.nll(
             outputs["hidden"], batch["causal_targets"], batch["causal_weights"], table=outputs.get("table")
         )
-        return {"causal": nll, "causal_accuracy": hits}
+        sums = {"causal": nll, "causal_accuracy": hits}
+        return sums | ({"causal_bits_per_byte": nll / math.log(2)} if "causal_bytes" in batch else {})
 
     coefficients = staticmethod(lambda coefficient: {"causal": coefficient})
 
@@ -108,6 +123,7 @@ class Bidirectional:
     """
 
     name, directions = "bidirectional", ("both",)
+    directions_and_infixes = (("forward", ""), ("backward", "_backward"))
 
     def __init__(self, settings, tokenizer):
         self.tokenizer = tokenizer
@@ -147,29 +163,36 @@ class Bidirectional:
             following_backward = rows["next_tokens_backward"]
         targets, weights = _targets(self.tokenizer, rows["next_tokens"])
         fields |= {"bidirectional_targets": targets, "bidirectional_weights": weights}
+        fields |= _bytes(self.tokenizer, "bidirectional_bytes", targets, weights)
         targets, weights = _targets(self.tokenizer, following_backward)
         fields |= {"bidirectional_backward_targets": targets, "bidirectional_backward_weights": weights}
+        fields |= _bytes(self.tokenizer, "bidirectional_backward_bytes", targets, weights)
         if self.samples:
             negatives, tries = self.negatives(draw)
             fields["shared"] = {"negatives": negatives, "tries": tries}
         return fields
 
     def weights(self, batch: dict) -> dict:
-        return {
-            "bidirectional_forward": jnp.sum(batch["bidirectional_weights"]),
-            "bidirectional_backward": jnp.sum(batch["bidirectional_backward_weights"]),
-        }
+        weights = {}
+        for direction, infix in self.directions_and_infixes:
+            weights[f"bidirectional_{direction}"] = jnp.sum(batch[f"bidirectional{infix}_weights"])
+            if f"bidirectional{infix}_bytes" in batch:
+                weights[f"bidirectional_{direction}_bits_per_byte"] = jnp.sum(batch[f"bidirectional{infix}_bytes"])
+        return weights
 
     def sums(self, head, outputs: dict, batch: dict, key) -> dict:
         sums = {}
-        for direction, infix in (("forward", ""), ("backward", "_backward")):
-            sums[f"bidirectional_{direction}"], _ = head.nll(
+        for direction, infix in self.directions_and_infixes:
+            nll, _ = head.nll(
                 outputs[direction],
                 batch[f"bidirectional{infix}_targets"],
                 batch[f"bidirectional{infix}_weights"],
                 table=outputs.get("table"),
                 shared=batch.get("shared"),
             )
+            sums[f"bidirectional_{direction}"] = nll
+            if f"bidirectional{infix}_bytes" in batch:
+                sums[f"bidirectional_{direction}_bits_per_byte"] = nll / math.log(2)
         return sums
 
     coefficients = staticmethod(
@@ -311,3 +334,22 @@ class NextSentence:
 
 
 OBJECTIVES: dict[str, Callable] = {o.name: o for o in (Causal, Bidirectional, Masked, NextSentence)}
+
+
+def make_objectives(config, tokenizer, *, evaluation: bool = False) -> tuple[list, dict[str, float]]:
+    """(the objectives of `config.objectives`, {name of a sum: its coefficient in the loss}).
+
+    A group with a `name` "module:function" is an objective of the user's own: function(settings, tokenizer) returns an
+    object with this module's interface. evaluation: the full softmax where training samples it.
+    """
+    objectives, coefficients = [], {}
+    for name, settings in config.objectives.items():
+        if evaluation and "samples" in settings:
+            settings = settings.copy_and_resolve_references().unlock()
+            settings.samples = 0
+        outside = settings.get("name")
+        make = import_from_outside(outside, f"objectives.{name}.name") if outside else OBJECTIVES[name]
+        objective = make(settings, tokenizer)
+        objectives.append(objective)
+        coefficients |= objective.coefficients(settings.coefficient)
+    return objectives, coefficients

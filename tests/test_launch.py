@@ -1,0 +1,192 @@
+"""A sweep validates first, runs each point in its own workdir, skips, resumes and retries, and its exit code tells."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import local, sweep
+from plm.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """An experiment file whose sweep has three points."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        textwrap.dedent(
+            """
+            from experiments import gpt
+
+            def get_config(arguments=""):
+                return gpt.get_config("tiny")
+
+            def sweep(add, arguments=""):
+                for name, rate in (("a", 1e-3), ("b", 2e-3), ("c", 3e-3)):
+                    add(name, "", {"optimizer.peak_lr": rate, "optimizer.decay": (("bias$", 0.0),)})
+            """
+        )
+    )
+    return str(file)
+
+
+@pytest.fixture
+def trainer(tmp_path, monkeypatch):
+    """Stands for `python -m plm.train`: notes its flags; a file `fail` or `hang` in the workdir tells it what to do."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import os, pathlib, sys, time
+            workdir = pathlib.Path(next(a for a in sys.argv if a.startswith("--workdir="))[10:])
+            with (workdir / "calls").open("a") as file:
+                file.write(" ".join(a for a in sys.argv[1:] if not a.startswith("--workdir")) + chr(10))
+            (workdir / "config.json").write_text('{"total_steps": 10}')
+            (workdir / "metrics.jsonl").write_text('{"step": 7, "train/loss": 1.5}' + chr(10) + '{"step": 8, "tr')
+            if hasattr(os, "sched_getaffinity"):
+                (workdir / "cores").write_text(str(len(os.sched_getaffinity(0))))
+            if (workdir / "hang").exists():
+                time.sleep(60)
+            if (workdir / "fail").exists():
+                print("error: the reason")
+                sys.exit(2)
+            """
+        )
+    )
+    monkeypatch.setattr(sweep, "TRAIN", (sys.executable, str(script)))
+
+
+def calls(workdir: Path) -> list[str]:
+    return (workdir / "calls").read_text().splitlines() if (workdir / "calls").exists() else []
+
+
+def launch(experiment, root, **options):
+    points = sweep.read_points(experiment, options.pop("overrides", {}))
+    chosen = sweep.choose(points, options.pop("only", []))
+    return sweep.launch(points, root, **{"retry": "none", "workers": 2} | options, chosen=chosen)
+
+
+def test_runs_all_then_skips_the_finished(experiment, trainer, tmp_path, capsys):
+    root = tmp_path / "root"
+    assert launch(experiment, root, overrides={"seed": "3"}) == 0
+    assert launch(experiment, root, overrides={"seed": "3"}) == 0
+    (call,) = calls(root / "b")
+    assert call == (
+        f"--config={experiment} --config.optimizer.peak_lr=0.002"
+        " --config.optimizer.decay=(('bias$', 0.0),) --config.seed=3"
+    )
+    if hasattr(os, "sched_getaffinity"):
+        available = len(os.sched_getaffinity(0))
+        assert 1 <= int((root / "a" / "cores").read_text()) <= -(-available // 2)
+        assert len(os.sched_getaffinity(0)) == available, "the launcher keeps its own cores"
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["c", "finished", "7/10", "1.5000"]
+
+
+def test_failed_points_wait_for_retry(experiment, trainer, tmp_path, capsys):
+    root = tmp_path / "root"
+    (root / "b").mkdir(parents=True)
+    (root / "b" / "fail").touch()
+    assert launch(experiment, root) == 1
+    assert "error: the reason" in capsys.readouterr().out
+    assert [sweep.state(root / name) for name in "abc"] == ["finished", "failed", "finished"]
+    (root / "b" / "fail").unlink()
+    assert launch(experiment, root) == 1, "not without --retry=failed"
+    assert launch(experiment, root, retry="failed") == 0
+    assert [len(calls(root / name)) for name in "abc"] == [1, 2, 1]
+
+
+def test_interrupted_points_are_resumed(experiment, trainer, tmp_path):
+    root = tmp_path / "root"
+    assert launch(experiment, root, only=["a"]) == 0
+    record = json.loads((root / "a" / "point.json").read_text())
+    for change in (
+        {"return_code": None, "pid": 2**22 + 5},
+        {"return_code": None, "pid": os.getpid()},
+        {"return_code": -9},
+    ):
+        (root / "a" / "point.json").write_text(json.dumps(record | change))
+        assert sweep.state(root / "a") == "interrupted", change
+    assert launch(experiment, root, only=["a"]) == 0
+    assert len(calls(root / "a")) == 2
+
+
+def test_closing_the_pool_ends_its_processes(experiment, trainer, tmp_path):
+    ended = []
+    job = local.Job("x", (sys.executable, "-c", "import time; time.sleep(60)"), tmp_path / "log.txt", tmp_path)
+    pool = local.run([job], workers=1, on_start=lambda *_: None, on_end=lambda job, code: ended.append(code))
+    next(pool)
+    start = time.monotonic()
+    pool.close()
+    assert ended == [-15]
+    assert time.monotonic() - start < 5
+
+
+def test_all_points_are_validated_before_one_starts(experiment, trainer, tmp_path):
+    root = tmp_path / "root"
+    with pytest.raises(
+        UserError, match=r"point 'a': config\.optimiser\.b1 does not exist; did you mean 'optimizer\.b1'"
+    ):
+        launch(experiment, root, overrides={"optimiser.b1": "0.5"})
+    text = Path(experiment).read_text()
+    Path(experiment).write_text(text.replace("3e-3", "-3e-3"))
+    with pytest.raises(UserError, match=r"point 'c': optimizer\.peak_lr=-0\.003 must be"):
+        launch(experiment, root)
+    assert not root.exists()
+
+
+def test_a_workdir_of_another_config_is_refused(experiment, trainer, tmp_path):
+    root = tmp_path / "root"
+    assert launch(experiment, root) == 0
+    assert launch(experiment, root, overrides={"log.every_steps": "7"}) == 0, "reporting may change"
+    with pytest.raises(UserError, match=r"batch_size: 16 -> 8"):
+        launch(experiment, root, overrides={"batch_size": "8"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seeds": 2, "overrides": {"seed": "1"}}, "exclude each other"),
+        ({"overrides": {"optimizer.peak_lr": "1"}}, "sets this key itself"),
+    ],
+)
+def test_contradictions_are_refused(experiment, arguments, message):
+    with pytest.raises(UserError, match=message):
+        sweep.read_points(experiment, **arguments)
+
+
+def test_seeds_make_a_point_each(experiment):
+    points = sweep.read_points(experiment, seeds=2)
+    assert [(p.name, p.overrides["seed"]) for p in points][:3] == [("a-seed0", 0), ("a-seed1", 1), ("b-seed0", 0)]
+    with pytest.raises(UserError, match="matches no point"):
+        sweep.choose(points, ["d*"])
+    assert [p.name for p in sweep.choose(points, ["b*"])] == ["b-seed0", "b-seed1"]
+
+
+def test_every_worker_gets_its_share_of_the_cores():
+    assert local.shares([0, 1, 2, 5], 2) == [[0, 1], [2, 5]]
+    assert local.shares([0, 1, 2], 2) == [[0, 1], [2]]
+    assert local.shares([0, 1], 3) == [[0], [1], [0]]
+
+
+def test_commands(experiment, tmp_path):
+    """The command itself: dry runs start nothing, bad input is one line and exit code 2."""
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "launch.sweep", *arguments]
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+    root = tmp_path / "root"
+    dry = run("--config=experiments/compare.py:tiny", f"--root={root}", "--dry_run")
+    assert dry.returncode == 0, dry.stderr
+    assert [line.rpartition("/")[2] for line in dry.stdout.splitlines()] == ["elmo", "gpt", "bert"]
+    assert not root.exists()
+    bad = run("--config=experiments/compare.py:tiny", f"--root={root}", "--backend=slrum")
+    assert bad.returncode == 2
+    assert len(bad.stderr.splitlines()) == 1

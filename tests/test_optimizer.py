@@ -122,6 +122,14 @@ def test_schedules(kind, expected):
         np.testing.assert_allclose(learning_rate_at(settings, 110, 35), (1 + np.cos(np.pi / 4)) / 2)
 
 
+def test_a_run_may_be_a_part_of_its_schedule():
+    settings = config(schedule="linear", peak_lr=1.0)
+    settings.schedule_steps = 200
+    assert learning_rate_at(settings, 100, 50) == 0.75
+    settings.schedule_steps = 0
+    assert learning_rate_at(settings, 100, 50) == 0.5
+
+
 def test_without_warm_up_the_first_update_has_the_peak_rate():
     for kind in ("bert_linear", "linear", "cosine", "constant", "openai_linear", "openai_cosine"):
         assert learning_rate_at(config(schedule=kind, peak_lr=3.0), 10, 0) == 3.0
@@ -188,7 +196,7 @@ def test_a_rule_from_outside_the_package():
         ({"name": "adm"}, "optimizer.name='adm' is unknown"),
         ({"name": "no_such_module:f"}, "optimizer.name='no_such_module:f' cannot be imported"),
         ({"schedule": "cosin"}, "optimizer.schedule='cosin' is unknown"),
-        ({"warmup_steps": 101}, "optimizer.warmup_steps=101 is more than the run's 100 steps"),
+        ({"warmup_steps": 101}, "optimizer.warmup_steps=101 is more than the 100 steps of the schedule"),
     ],
 )
 def test_bad_input_is_one_line(changes, message):

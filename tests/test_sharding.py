@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -16,8 +17,12 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from plm.errors import UserError
+from plm.models.graph import build
+from plm.training.config import load
+from plm.training.optimizer import make_optimizer
 from plm.training.sharding import check_batch, make_mesh, partition_specs, paths_and_leaves
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 MESH = AbstractMesh((1, 2, 2), ("data", "fsdp", "tensor"))
 
 
@@ -72,7 +77,7 @@ LSTM = {
     "blocks/stacked/cell/projection": (2, 16, 8),
     "backward_blocks/stacked/forward/kernel_input": (2, 8, 4, 16),
     "backward_blocks/stacked/backward/bias": (2, 4, 16),
-    "heads/bidirectional/table": (256, 8),
+    "heads/bidirectional/table/table": (256, 8),
     "heads/bidirectional/bias": (256,),
 }
 
@@ -87,7 +92,7 @@ def test_specs_of_every_kind_of_parameter():
     got = by_path(specs)
     assert set(got) == set(TRANSFORMER | LSTM)
     assert got["embedding/tokens/table"] == P(("tensor", "fsdp"), None)
-    assert got["heads/bidirectional/table"] == P(("tensor", "fsdp"), None)
+    assert got["heads/bidirectional/table/table"] == P(("tensor", "fsdp"), None)
     assert got["heads/masked/bias"] == P(("tensor", "fsdp"))
     # The stacked axis comes first and is never split.
     assert got["blocks/stacked/attention/query/kernel"] == P(None, "fsdp", "tensor")
@@ -138,6 +143,29 @@ def test_a_parameter_without_a_row_is_refused_unless_its_model_brings_one():
         partition_specs(toy, MESH)
     specs, _ = partition_specs(toy, MESH, rules=((r"^toy/weights$", P("fsdp", None)),))
     assert by_path(specs) == {"toy/weights": P("fsdp", None)}
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "bert.py:tiny",
+        "gpt.py:tiny",
+        "elmo.py:tiny",
+        "compare.py:tiny,architecture=lstm,objective=masked",
+        "compare.py:tiny,architecture=transformer,objective=bidirectional",
+    ],
+)
+def test_every_parameter_of_the_real_models_has_a_place_and_their_tables_of_regexes_match(spec):
+    config = load(str(REPOSITORY / "experiments" / spec), complete=False)
+    params = build(config, 1000, tuple(config.objectives), jnp.float32).shapes()
+    optimizer = make_optimizer(config.optimizer, params, total_steps=10**7)
+    state = {"params": params, "opt": jax.eval_shape(optimizer.init, params)}
+    specs, messages = partition_specs(state, MESH)
+    assert messages == []
+    # Nearly everything is split: what stays whole are vectors and small tables.
+    placed = by_path(specs)
+    whole = sum(leaf.size for path, leaf in paths_and_leaves(state) if not any(placed[path]))
+    assert whole < 0.02 * sum(leaf.size for leaf in jax.tree.leaves(state))
 
 
 def mesh_config(data=-1, fsdp=1, tensor=1):

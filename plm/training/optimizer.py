@@ -40,8 +40,9 @@ def schedule(config, total_steps: int) -> Callable[[jax.typing.ArrayLike], jax.t
     """The learning rate as a function of the number of updates done before (0 for the first update).
 
     Args:
-      config: `config.optimizer`, of which `schedule`, `peak_lr` and `warmup_steps` (W below) are read.
-      total_steps: updates in the whole run (T below); from there on a decaying schedule stays at 0.
+      config: `config.optimizer`: `schedule`, `peak_lr`, `warmup_steps` (W below) and `schedule_steps` are read.
+      total_steps: updates in the whole run. T below is `schedule_steps`, or this if that is 0 or absent; from T on a
+        decaying schedule stays at 0.
 
     Returns:
       A function of an integer (a NumPy or Python one gives float64 on the host, a JAX one float32 in the graph).
@@ -58,11 +59,12 @@ def schedule(config, total_steps: int) -> Callable[[jax.typing.ArrayLike], jax.t
     Raises:
       UserError: an unknown schedule, or a warm-up longer than the run.
     """
-    kind, peak, warmup, total = config.schedule, float(config.peak_lr), int(config.warmup_steps), int(total_steps)
+    kind, peak, warmup = config.schedule, float(config.peak_lr), int(config.warmup_steps)
+    total = int(getattr(config, "schedule_steps", 0) or total_steps)
     if kind not in SCHEDULES:
         raise UserError(f"optimizer.schedule={kind!r} is unknown; it is one of {', '.join(SCHEDULES)}")
     if warmup > total:
-        raise UserError(f"optimizer.warmup_steps={warmup} is more than the run's {total} steps; warm up for fewer")
+        raise UserError(f"optimizer.warmup_steps={warmup} is more than the {total} steps of the schedule")
 
     def learning_rate(step):
         xp = jnp if isinstance(step, jax.Array) else np

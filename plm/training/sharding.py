@@ -54,7 +54,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(^|/)(cell|forward|backward)/bias$", PartitionSpec(None, "tensor")),
     (r"(^|/)(cell|forward|backward)/projection$", _OUT_OF),
     # Heads
-    (r"(^|/)heads/\w+/table$", PartitionSpec(_VOCABULARY, None)),
+    (r"(^|/)heads/\w+/(table/)?table$", PartitionSpec(_VOCABULARY, None)),
     (r"(^|/)heads/\w+/bias$", PartitionSpec(_VOCABULARY)),
     (r"(^|/)heads/\w+/(transform|pooler)/kernel$", _INTO),
     (r"(^|/)heads/\w+/(transform|pooler)/bias$", PartitionSpec("tensor")),

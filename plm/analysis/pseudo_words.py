@@ -10,8 +10,9 @@ The rule that picks pairs and sentences (`choose`), fixed before any model is lo
 - A sentence counts for a word when the word stands in it exactly once, as a bare word, with `margin` words or more on
   each side, in at most `longest` words; equal sentences count once.
 - Going down the ranks, words with at least `fewest` such held-out sentences are paired with the next one: neighbours
-  in frequency. Sentences that hold both words are left out; both words get the same number of sentences, at
-  most `most`, taken from the documents in turn. Pairs that fall below `fewest` are passed over.
+  in frequency (one that begins with the same four letters, mostly an inflection, is passed over). Sentences that hold
+  both words are left out; both words get the same number of sentences, at most `most`, taken from the documents in
+  turn. Pairs that fall below `fewest` are passed over.
 
 The form. Every sentence of a pair is written once with the first word and once with the second, and the two scores are
 averaged. So the form is a known, ordinary word for every tokenizer (a glued form such as `wordone` would be cut into
@@ -119,6 +120,8 @@ def choose(
             continue
         if waiting is None:
             waiting = word
+            continue
+        if word[:4] == waiting[:4]:
             continue
         sides = []
         for own, other in ((waiting, word), (word, waiting)):

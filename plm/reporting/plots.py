@@ -1,0 +1,376 @@
+"""Figures as inline SVG: Okabe-Ito colours with a marker each, text as text, ink that follows the page's theme.
+
+Matplotlib draws with fixed colours; `_svg` then turns each into `var(--name, colour)`, so that the page can give the
+same figure darker or lighter ink, while a downloaded figure, which has no page around it, keeps the fixed colours.
+"""
+
+import io
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from plm.reporting.runs import Arm, Run, is_finite
+from plm.reporting.tables import Panel, ngram_name, quantity
+
+INK, FAINT, GRID = "#1b1f24", "#5b6570", "#d9dee3"
+# Okabe & Ito (2008), without yellow, which is lost on white; black comes last.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#333333")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", "-.", ":")
+NAMED_BEST = 14  # more arms than this share colours by architecture and objective
+
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "plm",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.7,
+    "lines.markersize": 4,
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure for the page: `title` says what is seen, `alt` is for those who do not see it."""
+
+    name: str
+    title: str
+    svg: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one arm is drawn in every figure."""
+
+    label: str
+    colour: str
+    marker: str
+    dash: str
+
+
+def looks(all_arms: Sequence[Arm]) -> dict[str, Look]:
+    """Arm label -> look; with very many arms one look (and legend entry) for each architecture x objective."""
+
+    def look(label: str, index: int) -> Look:
+        n = len(COLOURS)
+        return Look(label, COLOURS[index % n], MARKERS[index % n], DASHES[index // n % len(DASHES)])
+
+    if len(all_arms) <= NAMED_BEST:
+        return {arm.label: look(arm.label, index) for index, arm in enumerate(all_arms)}
+    families = list(dict.fromkeys(arm.first.model for arm in all_arms))
+    return {arm.label: look(arm.first.model, families.index(arm.first.model)) for arm in all_arms}
+
+
+def curves(panel: Panel, look: dict[str, Look]) -> Figure:
+    """Held-out loss of one panel against steps, tokens and wall time, with the n-grams as levels."""
+    n_lines = sum(len(arm.runs) for arm in panel.arms)
+    n_points = 200 if n_lines <= 20 else 60
+    with mpl.rc_context(STYLE):
+        canvas = Canvas(figsize=(10, 3.5))
+        axes = canvas.subplots(1, 3, sharey=True)
+        values, ends, longest = [], [], 0.0
+        drawn: dict[str, object] = {}
+        has_train = False
+        for arm in panel.arms:
+            style = look[arm.label]
+            for run in arm.runs:
+                key = panel.measure.value_key(run)
+                if key is None:
+                    continue
+                longest = max(longest, run.seconds or 0)
+                steps, held_out = run.series(key)
+                values.append(held_out)
+                ends.append(held_out[-1])
+                train_steps, train = ([], []) if n_lines > 8 else run.series(key.replace("eval/", "train/"))
+                has_train |= len(train_steps) > 0
+                for axis, name in zip(axes, ("step", "tokens", "seconds"), strict=True):
+                    if len(train_steps):
+                        x, y = _binned(run, name, train_steps, train, n_points)
+                        if x is not None:
+                            axis.plot(x, y, color=style.colour, linewidth=0.8, alpha=0.45)
+                    kept = _spread(len(steps), n_points)
+                    x = run.at(name, steps[kept])
+                    if x is None:
+                        continue
+                    (line,) = axis.plot(
+                        x,
+                        held_out[kept],
+                        color=style.colour,
+                        linestyle=style.dash,
+                        marker=style.marker if len(kept) <= 40 and n_lines <= 20 else None,
+                        markevery=max(1, len(kept) // 8),
+                        alpha=1.0 if n_lines <= 20 else 0.6,
+                        linewidth=1.7 if n_lines <= 20 else 0.9,
+                    )
+                    drawn.setdefault(style.label, line)
+        low, high = _limits(values, ends, panel.baselines)
+        scale, unit = _time_scale(longest)
+        for axis, label in zip(axes, ("steps", "tokens of text read", f"wall time ({unit})"), strict=True):
+            axis.set_xlabel(label)
+            axis.set_ylim(low, high)
+            axis.set_xlim(left=0)
+            axis.xaxis.set_major_locator(MaxNLocator(5))
+            for value in panel.baselines.values():
+                if low <= value <= high:
+                    axis.axhline(value, color=FAINT, linewidth=0.9, linestyle=(0, (1, 2)))
+        axes[0].set_ylabel(panel.measure.unit)
+        axes[0].xaxis.set_major_formatter(FuncFormatter(lambda x, _: quantity(x) if x else "0"))
+        axes[1].xaxis.set_major_formatter(FuncFormatter(lambda x, _: quantity(x) if x else "0"))
+        axes[2].xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / scale:.3g}"))
+        if not axes[2].lines or all(len(line.get_xdata()) == 2 for line in axes[2].lines):
+            axes[2].text(0.5, 0.5, "no times logged", transform=axes[2].transAxes, ha="center", color=FAINT)
+        _level_names(axes[2], panel.baselines, low, high)
+        _legend(canvas, drawn)
+        svg = _svg(canvas)
+    note = "Lines with markers: held-out text. " if n_lines <= 20 else "Held-out text; one line a run. "
+    if has_train:
+        note += "Thin lines: training loss, with dropout where the model has it, averaged over short stretches. "
+    if values and max(map(np.max, values)) > high:
+        note += "The first steps lie above the axis. "
+    if panel.baselines:
+        note += "Dotted: n-gram models of the same ids on the same held-out text."
+    return Figure(f"curves_{panel.name}", panel.finding, svg, note.strip())
+
+
+def senses_by_layer(all_arms: Sequence[Arm], look: dict[str, Look]) -> Figure | None:
+    """AUC of the pseudo-words by layer: trained, random init, and the static vector at one half."""
+    shown = [arm for arm in all_arms if arm.first.senses.get("layers")]
+    if not shown:
+        return None
+    with mpl.rc_context(STYLE):
+        canvas = Canvas(figsize=(10, 3.4))
+        axes = canvas.subplots(1, 2, sharey=True)
+        drawn: dict[str, object] = {}
+        deepest = 0
+        for offset, arm in enumerate(shown):
+            style = look[arm.label]
+            layers = arm.first.senses["layers"]
+            deepest = max(deepest, len(layers))
+            for axis, measure in zip(axes, ("auc", "nearest_neighbour"), strict=True):
+                for variant in ("random_init", "trained"):
+                    rows = [arm.first.result("pseudo_words", f"{variant}/{measure}/{layer}") for layer in layers]
+                    if not all(row and is_finite(row["value"]) for row in rows):
+                        continue
+                    x = np.arange(len(layers)) + (offset - (len(shown) - 1) / 2) * min(0.08, 0.5 / len(shown))
+                    y = 100 * np.array([row["value"] for row in rows])
+                    trained = variant == "trained"
+                    if trained and all(is_finite(row.get("low")) and is_finite(row.get("high")) for row in rows):
+                        low, high = (100 * np.array([row[side] for row in rows]) for side in ("low", "high"))
+                        axis.vlines(x, low, high, color=style.colour, linewidth=1.2)
+                    (line,) = axis.plot(
+                        x,
+                        y,
+                        color=style.colour,
+                        marker=style.marker,
+                        linestyle="-" if trained else (0, (4, 2)),
+                        markerfacecolor=style.colour if trained else "none",
+                        linewidth=1.6 if trained else 1.0,
+                    )
+                    if trained:
+                        drawn.setdefault(style.label, line)
+        for axis, name in zip(
+            axes, ("AUC over pairs of occurrences", "nearest neighbour is the same word"), strict=True
+        ):
+            axis.set_title(name, loc="left")
+            axis.axhline(50, color=FAINT, linewidth=0.9, linestyle=(0, (1, 2)))
+            axis.set_xlabel("layer, from the bottom")
+            axis.set_xticks(range(deepest))
+        axes[0].set_ylabel("%")
+        low, _ = axes[0].get_ylim()
+        axes[0].set_ylim(bottom=min(low, 47))
+        axes[0].text(0, 50, "static vector ", ha="left", va="bottom", color=FAINT, fontsize=8)
+        _legend(canvas, drawn)
+        svg = _svg(canvas)
+    note = (
+        "Filled: trained; open and dashed: the same model before training; dotted: a static vector, at 50% by "
+        "construction. Bars: 95% bootstrap intervals over pairs of words. 0 is the input embedding."
+    )
+    return Figure("senses_by_layer", "Context tells the two words apart, layer by layer", svg, note)
+
+
+def sense_pictures(all_arms: Sequence[Arm], limit: int = 6) -> Figure | None:
+    """One pseudo-word per model: its occurrences in the two main directions, trained beside random init."""
+    shown = [arm for arm in all_arms if arm.first.senses.get("picture")][:limit]
+    if not shown:
+        return None
+    with mpl.rc_context(STYLE | {"axes.grid": False}):
+        canvas = Canvas(figsize=(2.45 * max(len(shown), 2), 5.0))
+        axes = canvas.subplots(2, len(shown), squeeze=False)
+        for column, arm in enumerate(shown):
+            picture = arm.first.senses["picture"]
+            truth = np.array(picture["truth"])
+            for axis, variant in zip(axes[:, column], ("trained", "random_init"), strict=True):
+                panel = picture["panels"].get(variant)
+                axis.set_xticks([])
+                axis.set_yticks([])
+                for spine in axis.spines.values():
+                    spine.set_visible(True)
+                    spine.set_color(GRID)
+                if panel is None:
+                    axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color=FAINT)
+                    continue
+                points = np.array(panel["points"])
+                for which, colour, marker in ((0, COLOURS[0], "o"), (1, COLOURS[1], "^")):
+                    of_word = points[truth == which]
+                    axis.scatter(
+                        *of_word.T, s=24, color=colour, marker=marker, alpha=0.85, label=picture["words"][which]
+                    )
+                axis.margins(0.12)
+                share = 100 * sum(panel["explained"])
+                axis.set_xlabel(f"AUC {100 * panel['auc']:.0f}% · {share:.0f}% of variance", fontsize=8)
+            name = textwrap.shorten(arm.label, 26, placeholder="…")
+            axes[0, column].set_title(f"{name}\n“{picture['form']}” in {picture['layer']}", fontsize=9)
+            axes[0, column].legend(
+                loc="lower center",
+                bbox_to_anchor=(0.5, 0.99),
+                ncols=2,
+                fontsize=8,
+                handletextpad=0.1,
+                columnspacing=0.8,
+            )
+            axes[0, column].title.set_y(1.12)
+        axes[0, 0].set_ylabel("trained")
+        axes[1, 0].set_ylabel("random init")
+        svg = _svg(canvas)
+    note = (
+        "Each point is a held-out sentence in which the one written form stands for one of the two words; colour and "
+        "shape say for which. Two main directions of the vectors; the pair is the one of median AUC after training."
+    )
+    return Figure("senses_picture", "One form, two words: the median pair of each model", svg, note)
+
+
+def parameters_by_part(all_arms: Sequence[Arm], limit: int = 20) -> Figure | None:
+    """Stacked bars of the parameters."""
+    shown = [arm for arm in all_arms if arm.first.get("parameters")][:limit]
+    if not shown:
+        return None
+    parts = list(dict.fromkeys(part for arm in shown for part in arm.first.get("parameters")))
+    with mpl.rc_context(STYLE | {"axes.grid.axis": "x"}):
+        canvas = Canvas(figsize=(10, 0.9 + 0.34 * len(shown)))
+        axis = canvas.subplots()
+        left = np.zeros(len(shown))
+        drawn = {}
+        for index, part in enumerate(parts):
+            sizes = np.array([arm.first.get("parameters").get(part, 0) for arm in shown], float)
+            bars = axis.barh(
+                range(len(shown)),
+                sizes,
+                left=left,
+                height=0.62,
+                color=COLOURS[index % len(COLOURS)],
+                hatch="" if index < len(COLOURS) else "//",
+                linewidth=0,
+            )
+            left += sizes
+            drawn[part.replace("_", " ")] = bars[0]
+        axis.set_yticks(range(len(shown)), [textwrap.shorten(arm.label, 40, placeholder="…") for arm in shown])
+        axis.tick_params(axis="y", length=0)
+        axis.invert_yaxis()
+        axis.set_xlabel("parameters")
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: quantity(x) if x else "0"))
+        _legend(canvas, drawn)
+        svg = _svg(canvas)
+    return Figure("parameters", "Where the parameters are", svg)
+
+
+def _binned(run: Run, axis: str, steps: np.ndarray, values: np.ndarray, n: int):
+    """Means of short stretches, at most n of them: (x, y), x None where the run lacks the axis."""
+    groups = np.array_split(np.arange(len(steps)), min(n, max(1, len(steps) // 2)))
+    x = run.at(axis, np.array([steps[group].mean() for group in groups]))
+    return x, np.array([values[group].mean() for group in groups])
+
+
+def _spread(length: int, n: int) -> np.ndarray:
+    """At most n indices, first and last included."""
+    return np.unique(np.linspace(0, length - 1, min(length, n)).round().astype(int))
+
+
+def _limits(values: list[np.ndarray], ends: list[float], baselines: dict[int, float]) -> tuple[float, float]:
+    """Axis limits that show the ends and the baselines; a start far above the unigram is cut."""
+    everything = [*ends, *baselines.values()]
+    if not everything:
+        return 0.0, 1.0
+    low, high = min(map(np.min, values)), max(map(np.max, values))
+    low = min(low, *everything)
+    if 1 in baselines:
+        high = min(high, max(baselines[1] + 0.15 * (baselines[1] - low), max(ends)))
+    high = max(high, *everything)
+    room = 0.05 * max(high - low, 1e-3)
+    return low - room, high + room
+
+
+def _time_scale(longest: float) -> tuple[float, str]:
+    if longest < 180:
+        return 1, "s"
+    return (60, "min") if longest < 3 * 3600 else (3600, "h")
+
+
+def _level_names(axis, baselines: dict[int, float], low: float, high: float) -> None:
+    """Names the dotted levels at the right edge, moved apart where they would touch."""
+    inside = sorted((value, order) for order, value in baselines.items() if low <= value <= high)
+    lowest = -np.inf
+    for value, order in inside:
+        y = max(value, lowest + 0.055 * (high - low))
+        lowest = y
+        text = f"{ngram_name(order)} {value:.2f}"
+        axis.annotate(
+            text, (1, y), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
+            va="center", fontsize=8, color=FAINT, annotation_clip=False,
+        )  # fmt: skip
+
+
+def _legend(canvas: Canvas, drawn: dict[str, object]) -> None:
+    if not drawn:
+        return
+    labels = [textwrap.shorten(label, 44, placeholder="…") for label in drawn]
+    columns = max(1, min(len(labels), 110 // (max(map(len, labels)) + 8)))
+    rows = -(-len(labels) // columns)
+    canvas.set_size_inches(canvas.get_figwidth(), canvas.get_figheight() + 0.19 * rows)
+    canvas.legend(drawn.values(), labels, loc="outside upper left", ncols=columns, fontsize=9)
+
+
+def _svg(canvas: Canvas) -> str:
+    canvas.set_layout_engine("constrained")
+    for axis in canvas.axes:
+        axis.patch.set_alpha(0)
+    canvas.patch.set_alpha(0)
+    target = io.StringIO()
+    canvas.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
+    text = target.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r'(<g) id="[^"]*"', r"\1", text)  # ids repeat from figure to figure; only clip paths need theirs
+    text = re.sub(r"font: ([^;\"]*?)'[^\"]*?sans-serif", r"font: \1sans-serif", text)
+    names = {INK: "ink", FAINT: "faint", GRID: "grid"} | {c: f"c{i}" for i, c in enumerate(COLOURS)}
+    for colour, name in names.items():
+        text = text.replace(colour, f"var(--{name}, {colour})")
+    return text
+
+
+def standalone(svg: str) -> str:
+    """The figure as a file of its own: fixed colours in place of the page's."""
+    plain = re.sub(r"var\(--\w+, (#[0-9a-f]{6})\)", r"\1", svg)
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{plain}'

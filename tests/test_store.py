@@ -254,18 +254,44 @@ def test_a_damaged_store_is_built_again(tmp_path, capsys, damage):
     assert contents(again.directory) == before
 
 
+class Bytes(Words):
+    """A fast tokenizer, a token a byte, that meets 1,000 words it has never met in each call."""
+
+    calls = 0
+
+    def encode_open(self, sentences):
+        encoded, self.calls = list(map(list, map(str.encode, sentences))), self.calls + 1
+        encoded.append(list(range(self.size, self.size + 1000)))
+        sentences.append("1,000 words")
+        return encoded, [f"{self.calls} {k}" for k in range(1000)]
+
+    def character_rows(self, words=None):
+        return np.zeros((self.size if words is None else len(words), 50), np.uint16)
+
+
+@dataclass(frozen=True)
+class Monotony(Shard):
+    n_documents: int
+    bytes: int = 0
+
+    def documents(self):
+        return (Document("again", (f"{number} " + "w1 " * 1000,) * 5) for number in range(self.n_documents))
+
+
 def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "BATCH_CHARACTERS", 1 << 12)
-    monkeypatch.setattr(store, "MAX_OPEN_WORDS", 1 << 7)
-    monkeypatch.setattr(store, "COPY_ELEMENTS", 1 << 12)
+    monkeypatch.setattr(store, "BATCH_CHARACTERS", 1 << 17)
+    monkeypatch.setattr(store, "MAX_OPEN_WORDS", 3000)
+    monkeypatch.setattr(store, "COPY_ELEMENTS", 1 << 16)
+    monkeypatch.setattr(Corpus, "shards", lambda self: [Monotony(self.sizes[1])])
     peaks = []
-    for documents in (500, 4000):
-        corpus = Corpus(tmp_path, shards=2, documents=documents, words=5000)
+    for documents in (100, 600):  # 1.5 and 9 MB of text, 6 and 36 MB of parts
         tracemalloc.start()
-        store.build(corpus, Words(), valid_fraction=0.3, workers=1)
+        built = store.build(Corpus(tmp_path, documents=documents), Bytes(size=256), valid_fraction=0.3, workers=1)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < 1.6 * peaks[0]
+    assert built.train.n_tokens + built.valid.n_tokens > 9e6
+    assert built.train.n_unknown > 20_000
+    assert peaks[1] < 1.3 * peaks[0]
 
 
 def test_bad_input_is_one_line(tmp_path, monkeypatch):

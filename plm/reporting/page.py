@@ -51,7 +51,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         result.append(curves)
     if every:
         size = Section("Sizes and budgets", "", [tables.corpus_table(runs), plots.parameters_by_part(every)])
-        size.blocks += [tables.parameter_table(every), tables.cost_table(every), tables.settings_table(every)]
+        size.blocks += [tables.parameter_table(every), tables.cost_table(every)]
         result.append(size)
     samples = _samples(every)
     if samples:
@@ -111,7 +111,7 @@ def html(parts: Sequence[Part]) -> str:
             body.append(_section(section, mark))
             links.append(f'<a href="#{mark}{section.anchor}">{escape(section.title)}</a>')
     everything = [run for part in parts for run in part.runs]
-    started = sorted(run.get("started") for run in everything if run.get("started"))
+    started = sorted(str(run.get("started"))[:16].replace("T", " ") for run in everything if run.get("started"))
     when = f", started {started[0]}" + (f" to {started[-1]}" if started[-1] != started[0] else "") if started else ""
     complete = sum(run.complete for run in everything)
     return PAGE.substitute(
@@ -200,7 +200,8 @@ def _table(table: Table) -> str:
         rows.append(f"<tr{muted}>{''.join(cell(i, value) for i, value in enumerate(row))}</tr>")
     note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
     return (
-        f'<div class="table" id="table-{escape(table.name)}"><table><caption>{escape(table.title)}</caption>'
+        f'<p class="caption">{escape(table.title)}</p>'
+        f'<div class="table"><table aria-label="{escape(table.title)}">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{note}"
     )
 
@@ -322,17 +323,18 @@ figcaption { display: flex; gap: 1rem; align-items: baseline; justify-content: s
 .save:hover { color: var(--ink); }
 .plot svg { display: block; width: 100%; height: auto; font-family: inherit; }
 .note { color: var(--faint); font-size: .83rem; margin: .3rem 0 1.4rem; max-width: 60rem; }
-.table { overflow-x: auto; margin: 1.2rem 0 0; }
+.table { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; min-width: 30rem; }
-caption { caption-side: top; text-align: left; font-weight: 600; font-size: .95rem; padding-bottom: .4rem; }
+.caption { font-weight: 600; font-size: .95rem; margin: 1.4rem 0 .4rem; }
 th, td { text-align: left; vertical-align: top; padding: .28rem .9rem .28rem 0;
   border-bottom: 1px solid var(--grid); }
 thead th { vertical-align: bottom; border-bottom: 1.5px solid var(--faint); font-weight: 600; line-height: 1.25; }
-tbody th { font-weight: 600; min-width: 8rem; max-width: 22rem; overflow-wrap: anywhere; }
+tbody th { font-weight: 600; min-width: 10rem; max-width: 22rem; overflow-wrap: anywhere; }
 .number { text-align: right; padding: .28rem .35rem .28rem .9rem; white-space: nowrap; }
 thead .number { white-space: normal; }
 .unit { color: var(--faint); font-weight: 400; font-size: .8rem; }
-.values { display: block; color: var(--faint); font-size: .75rem; white-space: normal; min-width: 8rem; }
+.values { display: block; color: var(--faint); font-size: .75rem; white-space: normal;
+  min-width: 8rem; max-width: 15rem; margin-left: auto; }
 .muted th, .muted td { color: var(--faint); font-weight: 400; font-style: italic; }
 .long { min-width: 16rem; overflow-wrap: anywhere; }
 mark { background: var(--mark); color: inherit; padding: 0 .12em; border-radius: 2px; }
@@ -343,9 +345,12 @@ mark { background: var(--mark); color: inherit; padding: 0 .12em; border-radius:
   body { max-width: none; padding: 0; font-size: 10pt; }
   nav, .save { display: none; }
   figure, .card, .sample, tr { break-inside: avoid; }
-  h2, h3, figcaption, caption { break-after: avoid; }
+  h2, h3, figcaption, .caption { break-after: avoid; }
   .table { overflow: visible; }
-  table { font-size: 7.5pt; min-width: 0; }
+  table { font-size: 7.5pt; min-width: 0; width: 100%; }
+  th, td, .number { white-space: normal; padding-left: .2rem; padding-right: .2rem; }
+  tbody th { min-width: 5rem; }
+  .values, .long { min-width: 0; }
   .card, .sample { border: 1px solid var(--grid); }
   mark { text-decoration: underline; }
 }

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from plm.reporting.runs import Arm, Run, is_finite
-from plm.reporting.tables import Panel, ngram_name, quantity
+from plm.reporting.tables import Panel, ngram_name, quantity, sense_gain
 
 INK, FAINT, GRID = "#1b1f24", "#5b6570", "#d9dee3"
 # Okabe & Ito (2008), without yellow, which is lost on white; black comes last.
@@ -164,11 +164,13 @@ def senses_by_layer(all_arms: Sequence[Arm], look: dict[str, Look]) -> Figure | 
         canvas = Canvas(figsize=(10, 3.4))
         axes = canvas.subplots(1, 2, sharey=True)
         drawn: dict[str, object] = {}
-        deepest = 0
+        every_name = [arm.first.senses["layers"] for arm in shown]
+        names = max(every_name, key=len)
+        if len(names) > 7 or any(other != names[: len(other)] for other in every_name):
+            names = [str(number) for number in range(len(names))]
         for offset, arm in enumerate(shown):
             style = look[arm.label]
             layers = arm.first.senses["layers"]
-            deepest = max(deepest, len(layers))
             for axis, measure in zip(axes, ("auc", "nearest_neighbour"), strict=True):
                 for variant in ("random_init", "trained"):
                     rows = [arm.first.result("pseudo_words", f"{variant}/{measure}/{layer}") for layer in layers]
@@ -196,19 +198,19 @@ def senses_by_layer(all_arms: Sequence[Arm], look: dict[str, Look]) -> Figure | 
         ):
             axis.set_title(name, loc="left")
             axis.axhline(50, color=FAINT, linewidth=0.9, linestyle=(0, (1, 2)))
-            axis.set_xlabel("layer, from the bottom")
-            axis.set_xticks(range(deepest))
+            axis.set_xticks(range(len(names)), names)
+            axis.set_xlabel("from the input to the top")
         axes[0].set_ylabel("%")
-        low, _ = axes[0].get_ylim()
-        axes[0].set_ylim(bottom=min(low, 47))
-        axes[0].text(0, 50, "static vector ", ha="left", va="bottom", color=FAINT, fontsize=8)
+        low, high = axes[0].get_ylim()
+        axes[0].set_ylim(min(low, 47), max(high, 60))
+        _at_right(axes[1], 50, "static vector")
         _legend(canvas, drawn)
         svg = _svg(canvas)
     note = (
         "Filled: trained; open and dashed: the same model before training; dotted: a static vector, at 50% by "
-        "construction. Bars: 95% bootstrap intervals over pairs of words. 0 is the input embedding."
+        "construction. Bars: 95% bootstrap intervals over pairs of words."
     )
-    return Figure("senses_by_layer", "Context tells the two words apart, layer by layer", svg, note)
+    return Figure("senses_by_layer", sense_gain(all_arms), svg, note)
 
 
 def sense_pictures(all_arms: Sequence[Arm], limit: int = 6) -> Figure | None:
@@ -216,9 +218,12 @@ def sense_pictures(all_arms: Sequence[Arm], limit: int = 6) -> Figure | None:
     shown = [arm for arm in all_arms if arm.first.senses.get("picture")][:limit]
     if not shown:
         return None
+    n_columns = max(len(shown), 3)
     with mpl.rc_context(STYLE | {"axes.grid": False}):
-        canvas = Canvas(figsize=(2.45 * max(len(shown), 2), 5.0))
-        axes = canvas.subplots(2, len(shown), squeeze=False)
+        canvas = Canvas(figsize=(10, 1.1 + 2 * 8.4 / n_columns))
+        axes = canvas.subplots(2, n_columns, squeeze=False)
+        for axis in axes[:, len(shown) :].flat:
+            axis.set_axis_off()
         for column, arm in enumerate(shown):
             picture = arm.first.senses["picture"]
             truth = np.array(picture["truth"])
@@ -234,30 +239,28 @@ def sense_pictures(all_arms: Sequence[Arm], limit: int = 6) -> Figure | None:
                     continue
                 points = np.array(panel["points"])
                 for which, colour, marker in ((0, COLOURS[0], "o"), (1, COLOURS[1], "^")):
-                    of_word = points[truth == which]
-                    axis.scatter(
-                        *of_word.T, s=24, color=colour, marker=marker, alpha=0.85, label=picture["words"][which]
-                    )
+                    word = points[truth == which]
+                    axis.scatter(*word.T, s=24, color=colour, marker=marker, alpha=0.85, label=picture["words"][which])
                 axis.margins(0.12)
                 share = 100 * sum(panel["explained"])
-                axis.set_xlabel(f"AUC {100 * panel['auc']:.0f}% · {share:.0f}% of variance", fontsize=8)
-            name = textwrap.shorten(arm.label, 26, placeholder="…")
-            axes[0, column].set_title(f"{name}\n“{picture['form']}” in {picture['layer']}", fontsize=9)
+                axis.set_xlabel(f"AUC {100 * panel['auc']:.0f}% · {share:.0f}% of variance shown", fontsize=8)
+            name = textwrap.shorten(f"{arm.label}, {picture['layer']}", 132 // n_columns, placeholder="…")
+            axes[0, column].set_title(name, pad=20)
             axes[0, column].legend(
                 loc="lower center",
-                bbox_to_anchor=(0.5, 0.99),
+                bbox_to_anchor=(0.5, 0.98),
                 ncols=2,
                 fontsize=8,
                 handletextpad=0.1,
-                columnspacing=0.8,
+                columnspacing=0.9,
+                borderpad=0.1,
             )
-            axes[0, column].title.set_y(1.12)
         axes[0, 0].set_ylabel("trained")
         axes[1, 0].set_ylabel("random init")
         svg = _svg(canvas)
     note = (
-        "Each point is a held-out sentence in which the one written form stands for one of the two words; colour and "
-        "shape say for which. Two main directions of the vectors; the pair is the one of median AUC after training."
+        "Each point is a held-out sentence in which one written form stands for one of the two words; colour and shape "
+        "say for which. Two main directions of the vectors; the pair is the one of median AUC after training."
     )
     return Figure("senses_picture", "One form, two words: the median pair of each model", svg, note)
 
@@ -335,11 +338,21 @@ def _level_names(axis, baselines: dict[int, float], low: float, high: float) -> 
     for value, order in inside:
         y = max(value, lowest + 0.055 * (high - low))
         lowest = y
-        text = f"{ngram_name(order)} {value:.2f}"
-        axis.annotate(
-            text, (1, y), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
-            va="center", fontsize=8, color=FAINT, annotation_clip=False,
-        )  # fmt: skip
+        _at_right(axis, y, f"{ngram_name(order)} {value:.2f}")
+
+
+def _at_right(axis, y: float, text: str) -> None:
+    axis.annotate(
+        text,
+        (1, y),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8,
+        color=FAINT,
+        annotation_clip=False,
+    )
 
 
 def _legend(canvas: Canvas, drawn: dict[str, object]) -> None:

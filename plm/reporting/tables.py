@@ -19,11 +19,12 @@ from plm.reporting.statistics import Summary, smallest_p, summarise
 
 @dataclass(frozen=True)
 class Column:
-    """A heading with its unit, and how numbers are printed: a format spec, or a function."""
+    """A heading, its unit, how numbers are printed (a format spec or a function), and whether with intervals."""
 
     name: str
     unit: str = ""
     format: str | Callable[[float], str] = ""
+    interval: bool = False
 
     @property
     def heading(self) -> str:
@@ -34,16 +35,18 @@ class Column:
         if value is None:
             return "—"
         if isinstance(value, Summary):
-            spread = f" ± {self.number(value.sd)}" if value.sd is not None else ""
+            spread = f" ± {self.number(value.sd)}" if value.sd else ""
             return f"{self.number(value.mean)}{spread}"
         return self.number(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
     def detail(self, value: Any) -> str:
-        """What stands below a mean over seeds: n and every value, and the interval where there is one."""
+        """What stands below a mean over seeds: n and every value, and the 95% interval where the column wants it."""
         if not isinstance(value, Summary) or value.n < 2:
             return ""
+        if not value.sd:
+            return f"all {value.n} equal"
         text = f"n = {value.n}: {', '.join(map(self.number, value.values))}"
-        if value.interval:
+        if self.interval and value.interval:
             text += f"; 95% interval {self.number(value.interval[0])} to {self.number(value.interval[1])}"
         return text
 
@@ -227,7 +230,7 @@ class Panel:
         """What is seen, as a sentence."""
         unit = self.measure.unit
         ends = {}
-        for arm in self.arms:
+        for arm in [arm for arm in self.arms if not arm.unfinished] or self.arms:
             summary = arm.summary(lambda run: run.last(self.measure.value_key(run)))
             if summary:
                 ends[arm.label] = summary.mean
@@ -295,14 +298,14 @@ def panel_table(panel: Panel) -> Table:
     masked = measure.name == "masked"
     columns = [
         Column("model"),
-        Column("last", measure.unit, ".3f"),
-        Column("best", measure.unit, ".3f"),
+        Column("last", measure.unit, ".3f", interval=True),
+        Column("best", measure.unit, ".3f", interval=True),
         Column("best at step", "", ",.0f"),
         Column("perplexity, last", "", ",.1f"),
     ]
     if masked:
         columns += [
-            Column("gain over unigram", "nats", ".2f"),
+            Column("gain over unigram", "nats", ".2f", interval=True),
             Column("masked accuracy", "%", ".1f"),
             Column("next sentence", "nats", ".3f"),
             Column("next-sentence accuracy", "%", ".1f"),
@@ -313,9 +316,12 @@ def panel_table(panel: Panel) -> Table:
     def perplexity(value: float | None) -> float | None:
         return None if value is None or measure.in_bits else math.exp(min(value, 700))
 
+    def baseline(run: Run, order: int) -> float | None:
+        own = measure.baseline_of(run, order)  # an unfinished run has none of its own yet
+        return baselines.get(order) if own is None else own
+
     def way(run: Run, value: float | None, order: int) -> float | None:
-        low = measure.baseline_of(run, order)
-        high = measure.baseline_of(run, 1)
+        low, high = baseline(run, order), baseline(run, 1)
         if value is None or low is None or high is None or high <= low:
             return None
         return 100 * (high - value) / (high - low)
@@ -338,7 +344,7 @@ def panel_table(panel: Panel) -> Table:
             return lambda run: None if run.last(key) is None else 100 * run.last(key)
 
         row = [
-            arm.label + (" †" if arm.unfinished else ""),
+            arm.label + ("\N{NO-BREAK SPACE}†" if arm.unfinished else ""),
             arm.summary(last),
             arm.summary(lambda run: best(run, 0)),
             arm.summary(lambda run: best(run, 1)),
@@ -347,7 +353,7 @@ def panel_table(panel: Panel) -> Table:
         if masked:
 
             def gain(run: Run) -> float | None:
-                start = measure.baseline_of(run, 1)
+                start = baseline(run, 1)
                 return None if start is None or last(run) is None else start - last(run)
 
             row += [arm.summary(gain), arm.summary(percent("eval/masked_accuracy"))]
@@ -467,7 +473,7 @@ def cost_table(all_arms: Sequence[Arm]) -> Table:
 
     rows = [
         [
-            arm.label + (" †" if arm.unfinished else ""),
+            arm.label + ("\N{NO-BREAK SPACE}†" if arm.unfinished else ""),
             len(arm.counted),
             arm.summary(lambda run: run.last_step),
             arm.summary(lambda run: run.tokens),
@@ -498,43 +504,46 @@ def sense_table(all_arms: Sequence[Arm]) -> Table | None:
     columns = [
         Column("model"),
         Column("layer"),
-        *(
-            Column(f"{what}: {who}", "%", ".1f")
-            for what in ("nearest neighbour", "AUC")
-            for who in ("trained", "random init", "difference")
-        ),
-        Column("95% interval of the AUC difference over pairs", "points"),
+        Column("AUC, trained", "%", ".1f"),
+        Column("AUC, random init", "%", ".1f"),
+        Column("AUC, gain", "points", "+.1f", interval=True),
+        Column("95% interval over pairs", "points"),
+        Column("nearest neighbour, trained", "%", ".1f"),
+        Column("nearest neighbour, random init", "%", ".1f"),
         Column("pairs", "", ",.0f"),
     ]
     rows: list[list[Any]] = []
     static: dict[str, float] = {}
     for arm in all_arms:
-        layers = _layers(arm.first)
-        for layer in layers:
-            row: list[Any] = [arm.label, layer]
-            for measure in ("nearest_neighbour", "auc"):
-                for variant in ("trained", "random_init", "trained-random_init"):
-                    row.append(arm.summary(_percent_of("pseudo_words", f"{variant}/{measure}/{layer}")))
-            difference = arm.first.result("pseudo_words", f"trained-random_init/auc/{layer}") or {}
-            low, high = difference.get("low"), difference.get("high")
-            one_run = len(arm.counted) == 1 and low is not None and high is not None
-            row.append(f"{100 * low:+.1f} to {100 * high:+.1f}".replace("-", "−") if one_run else None)
-            row.append((arm.first.result("pseudo_words", f"trained/auc/{layer}") or {}).get("n"))
-            rows.append(row)
+        for layer in _layers(arm.first):
+            gain = arm.first.result("pseudo_words", f"trained-random_init/auc/{layer}") or {}
+            low, high = gain.get("low"), gain.get("high")
+            one_run = len(arm.counted) == 1 and is_finite(low) and is_finite(high)
+            interval = f"{100 * low:+.1f} to {100 * high:+.1f}".replace("-", "−") if one_run else None
+            trained, control, difference = (
+                arm.summary(_percent_of("pseudo_words", f"{variant}/auc/{layer}"))
+                for variant in ("trained", "random_init", "trained-random_init")
+            )
+            neighbours = [
+                arm.summary(_percent_of("pseudo_words", f"{variant}/nearest_neighbour/{layer}"))
+                for variant in ("trained", "random_init")
+            ]
+            pairs = (arm.first.result("pseudo_words", f"trained/auc/{layer}") or {}).get("n")
+            rows.append([arm.label, layer, trained, control, difference, interval, *neighbours, pairs])
         for measure in ("nearest_neighbour", "auc"):
             found = arm.first.result("pseudo_words", f"static/{measure}/form")
-            if found:
-                static[measure] = found["value"]
+            if found and is_finite(found["value"]):
+                static[measure] = 100 * found["value"]
     if not rows:
         return None
     muted = set()
     if static:
         muted.add(len(rows))
-        values = [100 * static[m] if m in static else None for m in ("nearest_neighbour", "auc")]
-        rows.append(["static vector", "the written form", values[0], None, None, values[1], *[None] * 4])
+        auc, neighbour = static.get("auc"), static.get("nearest_neighbour")
+        rows.append(["static vector", "the form", auc, None, None, None, neighbour, None, None])
     note = (
-        "Two words are written as one form in held-out sentences; is an occurrence's nearest neighbour the same word, "
-        "and are two occurrences of one word nearer than two of different words? Chance is 50%, and a static "
+        "Two words are written as one form in held-out sentences. AUC: how often two occurrences of one word are "
+        "nearer than two of different words; nearest neighbour: how often it is the same word. Chance is 50%, and a static "
         "vector is at chance by construction. Means over pairs of words; layers from the bottom to the top."
     )
     return Table("senses", sense_finding(all_arms), columns, rows, note, muted).without_empty_columns()
@@ -553,9 +562,26 @@ def sense_finding(all_arms: Sequence[Arm]) -> str:
                 parts.append(
                     f"{arm.label} {trained.mean:.0f}%" + (f" (untrained {control.mean:.0f}%)" if control else "")
                 )
-    if len(parts) > 4:
+    if len(parts) > 3:
         return f"Which of two words was it? AUC of {len(parts)} models, layer by layer"
-    return "Which of two words was it? AUC in the top layer: " + ", ".join(parts)
+    return "AUC in the top layer: " + ", ".join(parts)
+
+
+def sense_gain(all_arms: Sequence[Arm]) -> str:
+    """In how many models training helps the headline layer, as a sentence."""
+    gains = []
+    for arm in all_arms:
+        layer = arm.first.senses.get("headline_layer")
+        row = arm.first.result("pseudo_words", f"trained-random_init/auc/{layer}")
+        if row and is_finite(row.get("low")):
+            gains.append(row["low"] > 0)
+    if not gains:
+        return "Which of two words was it? Layer by layer"
+    models = "model" if len(gains) == 1 else "models"
+    return (
+        f"Training raises the top layer's AUC in {sum(gains)} of {len(gains)} {models} "
+        "(95% interval over pairs above zero)"
+    )
 
 
 def _layers(run: Run) -> list[str]:
@@ -573,7 +599,13 @@ def _percent_of(suite: str, metric: str) -> Callable[[Run], float | None]:
 
 def further_table(all_arms: Sequence[Arm]) -> Table | None:
     """Rows of all other suites, averaged over head seeds within a run first, then over runs."""
-    columns = [Column("suite"), Column("metric"), Column("split"), Column("model"), Column("value", "", ".4g")]
+    columns = [
+        Column("suite"),
+        Column("metric"),
+        Column("split"),
+        Column("model"),
+        Column("value", "", ".4g", interval=True),
+    ]
     columns += [Column("n", "", ",.0f")]
     rows = []
     for arm in all_arms:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from plm.data import store
+from plm.data import store, tokenizers
 from plm.data.sources import Document, Shard, Source, cache_directory, split_of
 from plm.errors import UserError
 
@@ -186,6 +186,19 @@ def test_a_store_is_reused_and_belongs_to_its_corpus_tokenizer_and_split(tmp_pat
     assert others[2].train.n_documents == others[3].valid.n_documents == 0
 
 
+def test_bytes_of_text_are_the_bytes_that_lossless_tokens_stand_for(tmp_path):
+    lines = ["A naïve café.", "“Well?”  she said.", "One, two:\tthree!", "…"]
+    (tmp_path / "corpus.txt").write_text("\n\n".join("\n".join(lines[: i % 4 + 1]) for i in range(40)), "utf-8")
+    tokenizer = tokenizers.train("byte_bpe", lines * 20, 300)
+    built = store.build(f"text:{tmp_path}/corpus.txt", tokenizer, valid_fraction=0.3, workers=1)
+    total = 0
+    for split in (built.train, built.valid):
+        assert tokenizer.byte_lengths[split.tokens].sum() + split.n_documents == split.n_bytes
+        total += split.n_bytes
+    # The file, whose last line lacks its line break and the blank line after it.
+    assert total == len((tmp_path / "corpus.txt").read_bytes()) + 2
+
+
 BUILD = """
 import sys
 from pathlib import Path
@@ -302,6 +315,8 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch):
     for fraction in (-0.1, 1.0):
         with pytest.raises(UserError, match="valid_fraction"):
             store.build(Corpus(tmp_path), Words(), valid_fraction=fraction, workers=1)
+    with pytest.raises(UserError, match="data.workers"):
+        store.build(Corpus(tmp_path), Words(), valid_fraction=0.3, workers=-1)
     (tmp_path / "file").touch()
     monkeypatch.setenv("PLM_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="PLM_CACHE"):

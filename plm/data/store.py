@@ -134,6 +134,8 @@ def build(
         raise ValueError(f"split must be None or one of {SPLITS}, not {split!r}")
     if split is None and not 0 <= valid_fraction < 1:
         raise UserError(f"data.valid_fraction={valid_fraction} must be at least 0 and below 1")
+    if workers < 0:
+        raise UserError(f"data.workers={workers} must be a number of processes, or 0 for all cores")
     how = f"all in {split}" if split else float(valid_fraction)
     corpus_fingerprint = _hex(source.fingerprint, how)
     fingerprint = _hex(source.fingerprint, tokenizer.fingerprint, how, VERSION)

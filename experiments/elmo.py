@@ -45,7 +45,7 @@ def get_config(arguments: str = ""):
             "optimizer.accumulator": 1.0,
             "optimizer.gradient_scale": 20.0,
             "optimizer.clip_norm": 10.0,
-            "softmax_chunk": 1,
+            "softmax_chunk": 512,  # the full softmax of an evaluation: 512 x 793,471 logits at once
             "checkpoint.every_steps": 5000,
             "eval.every_steps": 20000,
             "log.every_steps": 100,

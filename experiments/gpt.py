@@ -40,7 +40,7 @@ def get_config(arguments: str = ""):
             "optimizer.weight_decay": 0.01,
             "optimizer.decay": common.NO_DECAY_ON_BIAS_AND_NORM,
             "optimizer.clip_norm": 1.0,
-            "softmax_chunk": 128,
+            "softmax_chunk": 8192,
             "checkpoint.every_steps": 5000,
             "eval.every_steps": 5000,
             "log.every_steps": 100,

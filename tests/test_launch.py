@@ -145,8 +145,8 @@ def test_a_workdir_of_another_config_is_refused(experiment, trainer, tmp_path):
     root = tmp_path / "root"
     assert launch(experiment, root) == 0
     assert launch(experiment, root, overrides={"log.every_steps": "7"}) == 0, "reporting may change"
-    with pytest.raises(UserError, match=r"batch_size: 16 -> 8"):
-        launch(experiment, root, overrides={"batch_size": "8"})
+    with pytest.raises(UserError, match=r"batch_size: \d+ -> 7"):
+        launch(experiment, root, overrides={"batch_size": "7"})
 
 
 @pytest.mark.parametrize(

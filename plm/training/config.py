@@ -260,7 +260,7 @@ KEYS: tuple[tuple[str, Any, Rule, str], ...] = (
     ("remat", "none", one_of("none", "blocks"), "blocks: activations inside blocks are recomputed backwards"),
     ("scan.unroll", False, truth(), "unrolls the loop over blocks; checkpoints do not depend on it"),
     ("vocabulary_multiple", 128, whole(1), "vocabulary tables are stored padded to a multiple of this"),
-    ("softmax_chunk", 0, whole(0), "tokens of a row whose logits exist at once; 0 = the whole row"),
+    ("softmax_chunk", 0, whole(0), "about so many tokens have logits at once; 0 = all of a microbatch"),
     # Loop
     ("checkpoint.every_steps", 1000, whole(0), "0 = at the end only"),
     ("checkpoint.keep", 3, whole(1), "newest checkpoints that are kept"),
@@ -786,6 +786,15 @@ def define_flags(argv: list[str] | None = None, flag_values: flags.FlagValues = 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def resolve_seeds(config: ConfigDict) -> ConfigDict:
+    """A copy in which every seed that is not given is `seed`."""
+    config = config.copy_and_resolve_references().unlock()
+    for key in config.seeds:
+        if config.seeds[key] is None:
+            config.seeds[key] = config.seed
+    return config.lock()
+
+
 def resolve(config: ConfigDict, *, examples_per_epoch: float | None = None, platform: str | None = None) -> ConfigDict:
     """A copy in which everything is said: `total_steps` is the only duration, seeds and schedule length are numbers.
 
@@ -795,9 +804,9 @@ def resolve(config: ConfigDict, *, examples_per_epoch: float | None = None, plat
       platform: of the devices ("cpu", "gpu", "tpu"), to settle precision.compute='auto'; None leaves it.
 
     Raises:
-      UserError: a warm-up or schedule that does not fit the run.
+      UserError: a schedule shorter than the run.
     """
-    config = config.copy_and_resolve_references().unlock()
+    config = resolve_seeds(config).unlock()
     rows = config.batch_size
     if config.total_tokens is not None:
         steps = -(-config.total_tokens // (rows * config.seq_len))
@@ -813,19 +822,11 @@ def resolve(config: ConfigDict, *, examples_per_epoch: float | None = None, plat
     for key in DURATIONS:
         config[key] = None
     config.total_steps = max(steps, 1)
-    for key in config.seeds:
-        if config.seeds[key] is None:
-            config.seeds[key] = config.seed
     optimizer = config.optimizer
     optimizer.schedule_steps = optimizer.schedule_steps or config.total_steps
     if optimizer.schedule_steps < config.total_steps:
         raise UserError(
             f"optimizer.schedule_steps={optimizer.schedule_steps} is less than the run's {config.total_steps} steps"
-        )
-    if optimizer.warmup_steps > optimizer.schedule_steps:
-        raise UserError(
-            f"optimizer.warmup_steps={optimizer.warmup_steps} is more than the"
-            f" {optimizer.schedule_steps} steps of the schedule"
         )
     if platform is not None and config.precision.compute == "auto":
         config.precision.compute = "float32" if platform == "cpu" else "bfloat16"

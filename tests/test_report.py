@@ -60,7 +60,7 @@ def make_run(
         "flops_per_step": 9.1e9, "status": "complete" if steps >= total else "running",
         "command": f"python -m plm.train --config=experiments/compare.py:tiny --workdir={folder.name}",
         "commit": "0e5ac4b", "uncommitted": None, "versions": {"jax": "0.10.2", "flax": "0.12.8"},
-        "devices": ["2 x cpu"],
+        "devices": {"kind": "cpu", "platform": "cpu", "count": 2, "processes": 1},
         "started": f"2025-01-0{1 + seed % 9}T10:00:00Z",
     } | record  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
@@ -75,7 +75,9 @@ def make_run(
         line |= {f"train/{key}": fall - 0.05 + 0.08 * rng.standard_normal() for key in keys}
         if step % 50 == 0:
             value = fall + 0.03 * rng.standard_normal()
-            line |= {"eval/loss": value} | {f"eval/{key}": value + 0.04 * i for i, key in enumerate(keys)}
+            lines.append(json.dumps(line))
+            line = {"step": step, "seconds": line["seconds"] + 1, "eval/loss": value}
+            line |= {f"eval/{key}": value + 0.04 * i for i, key in enumerate(keys)}
             if tokenizer["lossless"] and kind != "bert":
                 line |= {f"eval/{key}_bits_per_byte": value / math.log(2) / 4 for key in keys}
             if kind == "bert":
@@ -265,6 +267,20 @@ def test_different_corpora_are_refused_or_kept_apart(tmp_path):
     make_run(tmp_path / "c", "gpt", corpus="corpus-one", protocol="p2")
     with pytest.raises(UserError, match="different protocols"):
         runs.by_corpus(runs.find([str(tmp_path / "a"), str(tmp_path / "c")]))
+
+
+def test_axes_count_text_not_padding_and_go_on_between_logged_steps(tmp_path):
+    make_run(tmp_path / "run", "bert", steps=50, total=100)
+    (tmp_path / "run" / "metrics.jsonl").write_text(
+        '{"step": 10, "seconds": 4, "train/tokens": 5000, "train/epochs": 0.5}\n'
+        '{"step": 20, "seconds": 6, "train/tokens": 10000, "train/epochs": 1.0}\n{"step": 20, "eval/masked": 6.5}\n'
+    )
+    (run,) = found(tmp_path)
+    assert [line["step"] for line in run.metrics] == [10, 20]
+    assert run.metrics[1]["eval/masked"] == 6.5
+    steps = np.array([0, 5, 10, 15, 20])
+    np.testing.assert_allclose(run.at("tokens", steps), np.array([0, 0.25, 0.5, 0.75, 1.0]) * 611_000)
+    np.testing.assert_allclose(run.at("seconds", steps), [0, 2, 4, 5, 6])
 
 
 def test_broken_and_young_runs_do_not_stop_the_page(tmp_path):

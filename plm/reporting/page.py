@@ -190,7 +190,8 @@ def _table(table: Table) -> str:
             text += f'<span class="values">{escape(column.detail(value))}</span>'
         if i == 0:
             return f'<th scope="row">{text}</th>'
-        kind = NUMBER if numeric[i] else (' class="long"' if isinstance(value, str) and len(value) > 60 else "")
+        length = len(text) if isinstance(value, str) else 0
+        kind = NUMBER if numeric[i] else LONG if length > 60 else SHORT if length < 30 else ""
         return f"<td{kind}>{text}</td>"
 
     head = "".join(heading(i) for i in range(len(table.columns)))
@@ -270,7 +271,7 @@ def _examples(every: Sequence[Arm]) -> str:
     return ""
 
 
-NUMBER = ' class="number"'
+NUMBER, LONG, SHORT = ' class="number"', ' class="long"', ' class="short"'
 
 PAGE = Template("""<!doctype html>
 <html lang="en">
@@ -324,18 +325,19 @@ figcaption { display: flex; gap: 1rem; align-items: baseline; justify-content: s
 .plot svg { display: block; width: 100%; height: auto; font-family: inherit; }
 .note { color: var(--faint); font-size: .83rem; margin: .3rem 0 1.4rem; max-width: 60rem; }
 .table { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; min-width: 30rem; }
+table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; min-width: 30rem; }
 .caption { font-weight: 600; font-size: .95rem; margin: 1.4rem 0 .4rem; }
 th, td { text-align: left; vertical-align: top; padding: .28rem .9rem .28rem 0;
   border-bottom: 1px solid var(--grid); }
 thead th { vertical-align: bottom; border-bottom: 1.5px solid var(--faint); font-weight: 600; line-height: 1.25; }
-tbody th { font-weight: 600; min-width: 10rem; max-width: 22rem; overflow-wrap: anywhere; }
+tbody th { font-weight: 600; min-width: 7rem; max-width: 22rem; overflow-wrap: anywhere; }
 .number { text-align: right; padding: .28rem .35rem .28rem .9rem; white-space: nowrap; }
 thead .number { white-space: normal; }
 .unit { color: var(--faint); font-weight: 400; font-size: .8rem; }
 .values { display: block; color: var(--faint); font-size: .75rem; white-space: normal;
   min-width: 8rem; max-width: 15rem; margin-left: auto; }
 .muted th, .muted td { color: var(--faint); font-weight: 400; font-style: italic; }
+.short { white-space: nowrap; }
 .long { min-width: 16rem; overflow-wrap: anywhere; }
 mark { background: var(--mark); color: inherit; padding: 0 .12em; border-radius: 2px; }
 .text { margin: 0 0 .5rem; white-space: pre-wrap; font-family: Georgia, "DejaVu Serif", serif; font-size: .93rem; }
@@ -348,7 +350,7 @@ mark { background: var(--mark); color: inherit; padding: 0 .12em; border-radius:
   h2, h3, figcaption, .caption { break-after: avoid; }
   .table { overflow: visible; }
   table { font-size: 7.5pt; min-width: 0; width: 100%; }
-  th, td, .number { white-space: normal; padding-left: .2rem; padding-right: .2rem; }
+  th, td, .number, .short { white-space: normal; padding-left: .2rem; padding-right: .2rem; }
   tbody th { min-width: 5rem; }
   .values, .long { min-width: 0; }
   .card, .sample { border: 1px solid var(--grid); }

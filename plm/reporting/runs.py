@@ -10,21 +10,22 @@ run.json
 | architecture, direction | str | label |
 | objectives | [str] | label |
 | parameters | {part: int} | parameters by part; `body` is compared, the sum is the total |
-| tokens_per_step, total_steps | int | token axis where metrics.jsonl has no tokens; is the run complete? |
+| tokens_per_step, total_steps | int | token axis where metrics.jsonl has none; is the run complete? |
 | seeds | {init, data: int} | listed |
 | corpus | {fingerprint, source, licence} | runs of one table share the fingerprint |
 | tokenizer | {fingerprint, kind, size, lossless} | nats per token share a panel only with equal fingerprints |
 | store | {train, valid: {n_tokens, n_sentences, n_documents, n_bytes, n_words, n_unknown}} | passes, bytes |
-| flops_per_step | float, optional | training FLOPs by formula |
+| flops_per_step | float or null | training FLOPs by formula |
 | protocol | str, optional | hash of the protocol; runs of one table share it |
 | status, error | "running", "complete" or "failed"; str | run list |
 | command, commit, uncommitted, started | str, str, str or null, ISO time | provenance |
-| devices, versions | str or [str], {name: str} | provenance |
+| devices, versions | {count, kind, platform, processes, ...}, {name: str} | provenance |
 
-metrics.jsonl, one object a line: step, seconds (of wall time since the start, resumes added), train/loss,
-train/<objective>, train/tokens (cumulative), train/tokens_per_second, train/step_seconds, train/mfu, eval/loss,
-eval/causal, eval/bidirectional_forward, eval/bidirectional_backward (nats per token), the same with _bits_per_byte,
-eval/masked (nats per masked piece), eval/masked_accuracy, eval/next_sentence, eval/next_sentence_accuracy.
+metrics.jsonl, one object a line (lines of one step are merged): step, seconds (of wall time since the start, resumes
+added), train/loss, train/<objective>, train/epochs (passes over the text) or train/tokens (both cumulative),
+train/tokens_per_second, train/step_seconds, train/mfu; eval/loss, eval/causal, eval/bidirectional_forward and
+eval/bidirectional_backward (nats per token), the same with _bits_per_byte, eval/masked (nats per masked piece),
+eval/masked_accuracy, eval/next_sentence, eval/next_sentence_accuracy.
 
 results.jsonl, one tidy row a line: run, step, suite, metric, seed, head_seed, split, n, value, predictions, and low,
 high where the suite gives an interval. Of equal rows the last counts. Suites with a table of their own: `ngrams`
@@ -146,7 +147,7 @@ class Run:
     @cached_property
     def _axes(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         axes = {}
-        for key in ("train/tokens", "seconds"):
+        for key in ("train/epochs", "train/tokens", "seconds"):
             known = [(line["step"], line[key]) for line in self.metrics if is_finite(line.get(key))]
             axes[key] = tuple(np.array(known, float).T) if known else (np.empty(0), np.empty(0))
         return axes
@@ -155,9 +156,15 @@ class Run:
         """Steps as `step`, `tokens` or `seconds`; between logged steps interpolated; None where the run has none."""
         if axis == "step":
             return steps
-        known_steps, known = self._axes["train/tokens" if axis == "tokens" else "seconds"]
+        n_tokens = self.get("store", "train", "n_tokens")
+        factor, key = 1, "seconds"
+        if axis == "tokens":
+            # Passes say it exactly: train/tokens counts markers and padding, too.
+            by_pass = n_tokens and len(self._axes["train/epochs"][1])
+            factor, key = (n_tokens, "train/epochs") if by_pass else (1, "train/tokens")
+        known_steps, known = self._axes[key]
         if len(known):
-            return np.interp(steps, np.append(0, known_steps), np.append(0, known))
+            return factor * np.interp(steps, np.append(0, known_steps), np.append(0, known))
         per_step = self.get("tokens_per_step")
         return steps * per_step if axis == "tokens" and per_step else None
 
@@ -280,7 +287,11 @@ def read(folder: epath.Path, names: set[str]) -> Run:
 
     run.config = load("config.json", dict, required=True)
     run.record = load("run.json", dict, required=True)
-    run.metrics = [line for line in lines("metrics.jsonl", required=True) if is_finite(line.get("step"))]
+    by_step: dict[int, dict] = {}  # training and held-out numbers of a step are lines of their own
+    for line in lines("metrics.jsonl", required=True):
+        if is_finite(line.get("step")):
+            by_step.setdefault(line["step"], {}).update(line)
+    run.metrics = [by_step[step] for step in sorted(by_step)]
     run.results = [row for row in lines("results.jsonl") if "metric" in row and "value" in row]
     run.samples = [sample for sample in load("samples.json", list) if isinstance(sample, dict)]
     run.senses = load("senses.json", dict)

@@ -186,6 +186,8 @@ MEASURES = (
     ),
     Measure("masked", "Masked pieces", "nats per masked piece", ("masked",), "masked"),
 )
+# Suites with tables of their own; `pretraining` repeats the held-out lines of metrics.jsonl.
+SHOWN_ELSEWHERE = ("pretraining", "ngrams", "pseudo_words", "samples")
 NGRAM_NAMES = {1: "unigram", 2: "bigram", 3: "trigram"}
 
 
@@ -489,8 +491,8 @@ def cost_table(all_arms: Sequence[Arm]) -> Table:
         for arm in all_arms
     ]
     note = (
-        "Tokens are bare tokens of text, without sentence markers and padding. Rates are medians over logged steps, "
-        "without the first. The last column counts unfinished and failed runs too."
+        "Tokens and bytes: of text, without markers and padding, where the run counts passes. Rates are medians over "
+        "logged steps, without the first. The last column counts unfinished and failed runs too."
     )
     if any(arm.unfinished for arm in all_arms):
         note += " † not finished yet."
@@ -543,8 +545,8 @@ def sense_table(all_arms: Sequence[Arm]) -> Table | None:
         rows.append(["static vector", "the form", auc, None, None, None, neighbour, None, None])
     note = (
         "Two words are written as one form in held-out sentences. AUC: how often two occurrences of one word are "
-        "nearer than two of different words; nearest neighbour: how often it is the same word. Chance is 50%, and a static "
-        "vector is at chance by construction. Means over pairs of words; layers from the bottom to the top."
+        "nearer than two of different words; nearest neighbour: how often it is the same word. Chance is 50%, and a "
+        "static vector is at chance by construction. Means over pairs of words; layers from the bottom to the top."
     )
     return Table("senses", sense_finding(all_arms), columns, rows, note, muted).without_empty_columns()
 
@@ -612,7 +614,7 @@ def further_table(all_arms: Sequence[Arm]) -> Table | None:
         found: dict[tuple, dict[int, dict]] = {}
         for index, run in enumerate(arm.counted):
             for row in run.results:
-                if row.get("suite") not in ("ngrams", "pseudo_words", "samples") and is_finite(row["value"]):
+                if row.get("suite") not in SHOWN_ELSEWHERE and is_finite(row["value"]):
                     key = (str(row.get("suite")), str(row["metric"]), row.get("split"))
                     found.setdefault(key, {}).setdefault(index, {})[row.get("head_seed")] = row
         for (suite, metric, split), by_run in found.items():
@@ -690,7 +692,6 @@ def provenance_table(runs: Sequence[Run]) -> Table:
     ]
     rows: list[list[Any]] = []
     for run in runs:
-        devices = run.get("devices")
         versions = run.get("versions", default={})
         rows.append(
             [
@@ -699,13 +700,20 @@ def provenance_table(runs: Sequence[Run]) -> Table:
                 run.get("command"),
                 run.get("commit"),
                 run.get("uncommitted"),
-                ", ".join(map(str, devices)) if isinstance(devices, list) else devices,
+                _devices(run.get("devices")),
                 ", ".join(f"{name} {version}" for name, version in versions.items()) or None,
                 run.get("tokenizer", "fingerprint"),
                 run.get("protocol"),
             ]
         )
     return Table("provenance", "Command, commit, devices and versions", columns, rows).without_empty_columns()
+
+
+def _devices(devices: Any) -> str | None:
+    if not isinstance(devices, dict):
+        return None if devices is None else str(devices)
+    text = f"{devices.get('count', 1)} × {devices.get('kind') or devices.get('platform')}"
+    return text + (f", {devices['processes']} processes" if devices.get("processes", 1) > 1 else "")
 
 
 def seed_note(all_arms: Sequence[Arm]) -> str:

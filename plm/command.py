@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from plm.errors import UserError
 
@@ -44,4 +44,5 @@ def run(main: Callable[[], int | None], *, required: tuple[str, ...] = ()) -> No
             complain(error)
             return BAD_INPUT
 
+    logging.set_verbosity(logging.WARNING)
     app.run(guarded, flags_parser=parse)

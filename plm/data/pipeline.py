@@ -1,11 +1,18 @@
 """batch = f(seed, step): rows of a layout, fields of the objectives, placed on the devices that hold them."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import grain
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
+
+from plm.data import sources, store, tokenizers
+from plm.data.tokenizers import Tokenizer
+from plm.errors import UserError
+from plm.randomness import stable_hash
 
 ROWS = PartitionSpec(("data", "fsdp"))
 
@@ -81,3 +88,82 @@ class Batches:
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
         for batch in steps.to_iter_dataset(options):
             yield self.place(batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A tokenizer and the held-in and held-out text in its ids.
+
+    meta: what run.json says of the data: corpus fingerprint (source and split, no tokenizer), licence, counts.
+    """
+
+    tokenizer: Tokenizer
+    train: store.Split
+    valid: store.Split
+    meta: dict
+
+
+def _trained_on(source: sources.Source, wanted, valid_fraction: float, progress: bool) -> Tokenizer:
+    """A vocabulary of the held-in documents of a source, remembered by corpus and settings."""
+    settings = (wanted.kind, wanted.vocab, wanted.lowercase, valid_fraction)
+    name = f"{stable_hash('vocabulary', tokenizers.VERSION, source.fingerprint, *settings, bits=128):032x}"
+    directory = sources.cache_directory() / "vocabularies" / name
+    if not (directory / "tokenizer_settings.json").exists():
+        shards = source.shards()
+        bar = store.Progress("vocabulary", sum(shard.bytes for shard in shards), unit="B", enabled=progress)
+
+        def sentences():
+            for shard in shards:
+                for document in shard.documents():
+                    if sources.split_of(document, valid_fraction) == "train":
+                        yield from document.sentences
+                bar.add(shard.bytes)
+
+        trained = tokenizers.train(wanted.kind, sentences(), wanted.vocab, lowercase=wanted.lowercase)
+        bar.close()
+        with store.writable(directory.parent), store.locked(directory):
+            trained.save(directory)
+    return Tokenizer.load(directory)
+
+
+def open_corpus(data, *, tokenizer_directory: epath.Path | None = None, progress: bool = True) -> Corpus:
+    """Opens, and where need be makes, the vocabulary and the stores of `config.data`.
+
+    tokenizer_directory: where a run keeps its tokenizer. One that lies there is used, so that a run is complete in
+    itself; otherwise `data.tokenizer.path` is read, or a vocabulary is trained on the held-in documents and remembered
+    by corpus and settings.
+    """
+    source = sources.parse(data.source, invalid_utf8=data.invalid_utf8)
+    fraction = 0.0 if data.valid_source else data.valid_fraction
+    wanted = data.tokenizer
+    if tokenizer_directory is not None and (tokenizer_directory / "tokenizer.json").exists():
+        tokenizer = Tokenizer.load(tokenizer_directory)
+    elif wanted.path:
+        saved = (epath.Path(wanted.path) / "tokenizer_settings.json").exists()
+        tokenizer = Tokenizer.load(wanted.path) if saved else Tokenizer.from_official(wanted.path)
+        if tokenizer.kind != wanted.kind:
+            raise UserError(
+                f"data.tokenizer.path={wanted.path!r} holds a {tokenizer.kind!r} tokenizer;"
+                f" data.tokenizer.kind={wanted.kind!r} was asked for"
+            )
+    else:
+        tokenizer = _trained_on(source, wanted, fraction, progress)
+    options = {"workers": data.workers, "progress": progress}
+    if data.valid_source:
+        train = store.build(source, tokenizer, valid_fraction=0.0, split="train", **options)
+        held_out = sources.parse(data.valid_source, invalid_utf8=data.invalid_utf8)
+        valid = store.build(held_out, tokenizer, valid_fraction=0.0, split="valid", **options)
+        fingerprint = f"{train.corpus_fingerprint}+{valid.corpus_fingerprint}"
+    else:
+        train = valid = store.build(source, tokenizer, valid_fraction=fraction, **options)
+        fingerprint = train.corpus_fingerprint
+    meta = {
+        "source": data.source,
+        "valid_source": data.valid_source,
+        "fingerprint": fingerprint,
+        "licence": source.licence,
+        "train": train.meta["splits"]["train"],
+        "valid": valid.meta["splits"]["valid"],
+        "replaced_bytes": train.meta.get("replaced_bytes", 0),
+    }
+    return Corpus(tokenizer, train.train, valid.valid, meta)

@@ -220,7 +220,7 @@ class Masked:
         if settings.whole_word and tokenizer.continuations is None:
             raise UserError(
                 f"objectives.masked.whole_word: the {tokenizer.kind!r} tokenizer does not tell where words begin;"
-                " use wordpiece, bpe or byte_bpe"
+                " use wordpiece"
             )
 
     def _order(self, rows: dict, scores: np.ndarray) -> np.ndarray:

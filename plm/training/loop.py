@@ -1,0 +1,284 @@
+"""The loop, in a written order: save(state) -> evaluate(state) -> next batch -> step -> report.
+
+It knows no architecture. Every run, new or resumed, goes through `train`; what it computes is a function of the
+resolved config alone, so typing the same command again goes on from the last checkpoint and ends with the same numbers.
+"""
+
+import dataclasses
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from plm.data.pipeline import Batches, Corpus, open_corpus
+from plm.data.pretrain import make_layout
+from plm.errors import UserError
+from plm.models.graph import ModelGraph, build
+from plm.training import checkpoint, optimizer, sharding
+from plm.training import config as configs
+from plm.training.objectives import HOST_ONLY, Draw, make_objectives
+from plm.training.record import Record
+from plm.training.step import TrainState, make_eval_step, make_train_step, new_state
+
+EVAL_SEED = 0  # held-out masks and pairs are the same for every run, whatever its seed
+CARRIED_LAYOUTS = ("lanes",)
+
+
+def _layout(config, corpus: Corpus, mode: str, batch_size: int, seed: int):
+    name = config.data.layout
+    return make_layout(
+        name,
+        corpus.train if mode == "train" else corpus.valid,
+        corpus.tokenizer,
+        seq_len=config.seq_len,
+        batch_size=batch_size,
+        seed=seed,
+        settings=config.data.get(name, {}),
+        mode=mode,
+    )
+
+
+def make_batches(config, corpus: Corpus, mode: str, mesh) -> Batches:
+    """Training or held-out batches of a config on a mesh. mode: "train" | "eval"."""
+    evaluation = mode == "eval"
+    batch_size = (config.eval.batch_size or config.batch_size) if evaluation else config.batch_size
+    seed = EVAL_SEED if evaluation else config.seeds.data
+    split = corpus.valid if evaluation else corpus.train
+    objectives, _ = make_objectives(config, corpus.tokenizer, evaluation=evaluation)
+    return Batches(
+        _layout(config, corpus, mode, batch_size, seed),
+        objectives,
+        batch_size=batch_size,
+        draw=lambda step, rows: Draw(seed, step, rows, mode),
+        mesh=mesh,
+        characters=split.character_rows if config.model.input == "characters" else None,
+        target_id=corpus.tokenizer.target_id,
+        host_only=HOST_ONLY,
+    )
+
+
+def compute_dtype(config) -> jnp.dtype:
+    """Of activations and products; parameters, optimizer, softmax, LayerNorm and loss are always float32."""
+    return jnp.bfloat16 if config.precision.compute == "bfloat16" else jnp.float32
+
+
+def _carries(config, layout) -> bool:
+    """Whether row i of a batch continues row i of the batch before."""
+    return config.data.layout in CARRIED_LAYOUTS or bool(getattr(layout, "continues_rows", False))
+
+
+@dataclasses.dataclass
+class Evaluator:
+    """Held-out numbers: one fixed pass, a fresh carry, sums added in float64 on the host."""
+
+    graph: ModelGraph
+    batches: Batches
+    objectives: list
+    coefficients: dict
+    limit: int
+    carried: bool
+
+    def __post_init__(self):
+        self.step = make_eval_step(self.graph.bind, self.objectives)
+        steps = self.batches.layout.steps
+        self.steps = min(steps, self.limit) if self.limit else steps
+        rows = self.batches.row_sharding
+        size = self.batches.batch_size
+
+        def fresh(params):
+            return self.graph.bind(params).initial_carry(size) if self.carried else {}
+
+        shapes = jax.eval_shape(fresh, self.graph.shapes())
+        self.fresh = jax.jit(fresh, out_shardings=jax.tree.map(lambda _: rows, shapes))
+
+    def __call__(self, params, progress=None) -> dict[str, float]:
+        """{eval/name: value}: weighted means of every name, loss, perplexities of next-token losses, targets."""
+        sums: dict[str, np.ndarray] = {}
+        carry = self.fresh(params)
+        pending = None
+
+        def add(result):
+            for name, pair in jax.device_get(result).items():
+                sums[name] = sums.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
+
+        for batch in self.batches.iterate(0, self.steps):
+            result, _, carry = self.step(params, carry, batch)
+            if pending is not None:
+                add(pending)
+            pending = result
+        add(pending)
+        means = {name: total / weight for name, (total, weight) in sums.items() if weight > 0}
+        values = {f"eval/{name}": value for name, value in means.items()}
+        values["eval/loss"] = sum(factor * means[name] for name, factor in self.coefficients.items())
+        for name in self.coefficients:
+            values[f"eval/{name}_perplexity"] = math.exp(min(means[name], 700.0))
+            values[f"eval/{name}_targets"] = float(sums[name][1])
+        return values
+
+
+def _state_and_shardings(config, graph: ModelGraph, tx, mesh, carried: bool):
+    """(function that makes the first state on its devices, its abstract value with shardings, messages)."""
+
+    def create(key) -> TrainState:
+        params = graph.init(key)
+        carry = graph.bind(params).initial_carry(config.batch_size) if carried else {}
+        return new_state(params, tx, carry)
+
+    key = jax.random.key(config.seeds.init)
+    abstract = jax.eval_shape(create, key)
+    specs, messages = sharding.partition_specs(abstract, mesh)
+    shardings = sharding.shardings(specs, mesh)
+    like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+    return lambda: jax.jit(create, out_shardings=shardings)(key), like, messages
+
+
+def _start(config, fresh, like, saved: checkpoint.Checkpoints, say) -> TrainState:
+    """The state to go on from: this run's newest whole checkpoint, another run's (`init.from`), or a new one."""
+    restored = saved.restore_latest(like)
+    if restored is not None:
+        state, step = restored
+        say(f"resuming after step {step} of {config.total_steps}")
+        return state
+    source = config.init["from"]
+    if not source:
+        return fresh()
+    name, _, at = source.rpartition("@") if "@" in source else (source, "", "")
+    step = int(at) if at.isdigit() else None
+    state = fresh()
+    if config.init.keep == "all":
+        state, step = checkpoint.restore_state(name, like, step)
+        # Another run's rows are other text: its LSTM states say nothing here.
+        state = dataclasses.replace(state, carry=fresh().carry)
+        say(f"continuing {name} after step {step} with its optimizer and step")
+        return state
+    loaded, step = checkpoint.restore_params(name, step)
+    params, report = checkpoint.start_from(state.params, loaded)
+    for line in report.lines():
+        say(f"init.from {name} at step {step}: {line}")
+    return dataclasses.replace(state, params=params)
+
+
+def train(config, workdir: epath.PathLike) -> dict[str, float]:
+    """Trains `config` (validated) in `workdir`, or goes on with it; returns the last evaluation's numbers.
+
+    Files: see `plm.training.metrics`; checkpoints in `workdir/checkpoints`, the tokenizer in `workdir/tokenizer`.
+
+    Errors: UserError for whatever the user can mend, before anything starts where possible.
+    """
+    workdir = epath.Path(workdir)
+    chief = jax.process_index() == 0
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch("batch_size", config.batch_size, mesh, config.microbatches)
+    sharding.check_batch("eval.batch_size", config.eval.batch_size or config.batch_size, mesh)
+    _check_writable(workdir)
+
+    corpus = open_corpus(config.data, tokenizer_directory=workdir / "tokenizer", progress=chief)
+    config = configs.resolve_seeds(config)
+    batches = make_batches(config, corpus, "train", mesh)
+    config = configs.resolve(
+        config, examples_per_epoch=batches.layout.examples_per_epoch, platform=mesh.devices.flat[0].platform
+    )
+    record = Record(workdir, config, enabled=chief)
+    record.refuse_another_config(corpus)
+    if chief:
+        corpus.tokenizer.save(workdir / "tokenizer")
+
+    objectives, coefficients = make_objectives(config, corpus.tokenizer)
+    names = tuple(objective.name for objective in objectives)
+    graph = build(config, corpus.tokenizer.size, names, compute_dtype(config))
+    tx = optimizer.make_optimizer(config.optimizer, graph.shapes(), config.optimizer.schedule_steps)
+    carried = _carries(config, batches.layout)
+    with jax.set_mesh(mesh):
+        fresh, like, messages = _state_and_shardings(config, graph, tx, mesh, carried)
+        for message in messages:
+            record.say(message)
+        train_step = make_train_step(
+            graph.bind,
+            objectives,
+            coefficients,
+            tx,
+            microbatches=config.microbatches,
+            seed=config.seeds.init,
+            shardings=jax.tree.map(lambda leaf: leaf.sharding, like),
+        )
+        evaluator = None
+        if corpus.valid.n_tokens:
+            held_out = make_batches(config, corpus, "eval", mesh)
+            scored, scored_coefficients = make_objectives(config, corpus.tokenizer, evaluation=True)
+            evaluator = Evaluator(graph, held_out, scored, scored_coefficients, config.eval.batches, carried)
+        with checkpoint.Checkpoints(
+            workdir / checkpoint.FOLDER,
+            keep=config.checkpoint.keep,
+            keep_at=config.checkpoint.keep_at,
+            every_steps=config.checkpoint.every_steps,
+        ) as saved:
+            state = _start(config, fresh, like, saved, record.say)
+            start = int(state.step)
+            if start >= config.total_steps and record.run.facts.get("status") == "complete":
+                record.say(f"already complete after {start:,} steps: {workdir}")
+                return {}
+            record.begin(start, corpus=corpus, graph=graph, batches=batches, mesh=mesh)
+            try:
+                return _run(config, state, start, train_step, evaluator, batches, saved, record)
+            except Exception as error:
+                record.fail(error)
+                raise
+            finally:
+                record.close()
+
+
+def _check_writable(workdir: epath.Path) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".writable.{jax.process_index()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror or error}") from error
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return step == last or bool(every and step % every == 0)
+
+
+def _run(config, state, start, train_step, evaluator, batches, saved, record) -> dict[str, float]:
+    """Steps start .. total_steps. The numbers of a step are fetched while the next one runs."""
+    total, values = config.total_steps, {}
+    stream = batches.iterate(start, total)
+    pending = None
+
+    def report() -> None:
+        nonlocal pending
+        if pending is None:
+            return
+        step, numbers = pending
+        pending = None
+        numbers = {name: float(value) for name, value in jax.device_get(numbers).items()}
+        record.train(step, numbers)
+        if numbers["skipped_in_a_row"] >= config.nonfinite.max_in_a_row:
+            raise UserError(
+                f"the loss or its gradient was not finite in {int(numbers['skipped_in_a_row'])} steps in a row, the"
+                f" last of them step {step}: lower optimizer.peak_lr={config.optimizer.peak_lr:g} or warm up longer"
+            )
+
+    for step in range(start, total + 1):
+        if step > start:
+            saved.save(state, step, force=step == total)
+        if evaluator is not None and (step > start or step == total) and _due(step, config.eval.every_steps, total):
+            report()
+            began = time.perf_counter()
+            values = evaluator(state.params)
+            record.evaluation(step, values, time.perf_counter() - began)
+        if step == total:
+            break
+        batch = next(stream)
+        state, numbers = train_step(state, batch)
+        report()
+        pending = (step + 1, numbers)
+    report()
+    saved.wait()
+    record.finish(total)
+    return values

@@ -1,0 +1,234 @@
+"""What a run tells: one object between the loop and its files, bar and messages (`plm.training.metrics`)."""
+
+import time
+from collections.abc import Mapping
+
+import jax
+from etils import epath
+
+from plm.data.pipeline import Batches, Corpus
+from plm.errors import UserError
+from plm.models.flops import train_flops
+from plm.models.graph import ModelGraph
+from plm.training import config as configs
+from plm.training import metrics, optimizer
+
+CONFIG = "config.json"
+
+
+class Record:
+    """config.json, run.json, metrics.jsonl and results.jsonl of a run, and its progress.
+
+    config: resolved. enabled: False on all processes but the first, where nothing is written or printed.
+    """
+
+    def __init__(self, workdir: epath.PathLike, config, *, enabled: bool):
+        self.workdir, self.config, self.enabled = epath.Path(workdir), config, enabled
+        self.run = metrics.RunRecord(workdir, enabled=enabled)
+        self._metrics = self._progress = None
+        self._sums: dict[str, float] = {}
+        self._count = 0
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        if self._progress is not None:
+            self._progress.message(line)
+        elif self.enabled:
+            metrics.Progress(1).message(line)
+
+    def refuse_another_config(self, corpus: Corpus) -> None:
+        """A `UserError` if the workdir belongs to a run with another config or other text; else saves the config."""
+        path = self.workdir / CONFIG
+        if path.exists():
+            before = self.run.facts.get("corpus", {}).get("fingerprint")
+            same = before is not None and before == corpus.meta["fingerprint"]
+            saved = configs.from_json(path.read_text())
+            configs.refuse_differences(saved, self.config, str(self.workdir), same_data=same)
+            if before is not None and not same:
+                raise UserError(
+                    f"{self.workdir} was trained on text with fingerprint {before}, and"
+                    f" data.source={self.config.data.source!r} now has {corpus.meta['fingerprint']}:"
+                    " restore the text, or give another --workdir"
+                )
+        if self.enabled:
+            metrics.write_atomically(path, configs.to_json(self.config))
+
+    def begin(self, start: int, *, corpus: Corpus, graph: ModelGraph, batches: Batches, mesh) -> None:
+        """Notes a session that starts after `start` steps."""
+        config, tokenizer = self.config, corpus.tokenizer
+        device = jax.devices()[0]
+        self.start, self.tokens_per_step = start, config.batch_size * config.seq_len
+        self.examples_per_epoch = batches.layout.examples_per_epoch
+        self.flops, self.device_kind = train_flops(graph, config, tokenizer.size), device.device_kind
+        self.text = corpus.meta["train"]
+        self.share = batches.layout.tokens_per_example / config.seq_len
+        lines = metrics.read_metrics(self.workdir)
+        self.seconds_before = max((line.get("seconds", 0.0) for line in lines if line["step"] <= start), default=0.0)
+        self._metrics = metrics.Metrics(
+            self.workdir,
+            step=start,
+            tensorboard=config.log.tensorboard,
+            wandb=config.log.wandb,
+            config=configs.flatten(config),
+            enabled=self.enabled,
+        )
+        counts = graph.counts()
+        total = counts.pop("total")
+        self.run.start(
+            from_step=start,
+            devices={
+                "kind": device.device_kind,
+                "platform": device.platform,
+                "count": jax.device_count(),
+                "processes": jax.process_count(),
+                "mesh": dict(mesh.shape),
+            },
+            corpus={key: corpus.meta[key] for key in ("source", "valid_source", "fingerprint", "licence")},
+            tokenizer={
+                "kind": tokenizer.kind,
+                "size": tokenizer.size,
+                "fingerprint": tokenizer.fingerprint,
+                "lossless": tokenizer.lossless,
+            },
+            store={
+                split: {f"n_{name}": value for name, value in corpus.meta[split].items()}
+                for split in ("train", "valid")
+            },
+            layout=batches.layout.report,
+            name=self.workdir.absolute().name,
+            architecture=config.model.get("architecture", config.model.name),
+            direction=config.model.get("direction"),
+            objectives=list(config.objectives),
+            parameters=counts,
+            parameters_total=total,
+            seeds=config.seeds.to_dict(),
+            total_steps=config.total_steps,
+            tokens_per_step=self.tokens_per_step,
+            flops_per_step=self.flops,
+        )
+        parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        self.say(
+            f"{self.run.facts['architecture']} x {' + '.join(config.objectives)}: {total:,} parameters ({parts})\n"
+            f"{self.text['tokens']:,} tokens of {config.data.source} by {tokenizer.kind} of {tokenizer.size:,};"
+            f" {config.total_steps:,} steps of {self.tokens_per_step:,} tokens,"
+            f" {config.total_steps * config.batch_size / self.examples_per_epoch:.2f} epochs;"
+            f" {jax.device_count()} x {device.device_kind}, {config.precision.compute}"
+        )
+        if config.optimizer.warmup_steps >= config.total_steps:
+            self.say(
+                f"optimizer.warmup_steps={config.optimizer.warmup_steps} lasts for the whole run of"
+                f" {config.total_steps} steps: the learning rate never reaches optimizer.peak_lr"
+            )
+        self._progress = metrics.Progress(config.total_steps, start, enabled=self.enabled)
+        self._began = self._last = time.perf_counter()
+        self._last_step, self._paused = start, 0.0
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self._began
+
+    def train(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Takes the numbers of a step; every `log.every_steps` writes means over the steps since the last line."""
+        for name in numbers:
+            self._sums[name] = self._sums.get(name, 0.0) + numbers[name]
+        self._count += 1
+        self._progress.update(step)
+        every, total = self.config.log.every_steps, self.config.total_steps
+        if step % every and step != total:
+            return
+        now = time.perf_counter()
+        seconds = max(now - self._last - self._paused, 1e-9) / (step - self._last_step)
+        values = {f"train/{name}": value / self._count for name, value in self._sums.items()}
+        skipped = numbers["skipped"]
+        values |= {
+            "train/skipped": skipped,
+            "train/skipped_in_a_row": numbers["skipped_in_a_row"],
+            "train/learning_rate": optimizer.learning_rate_at(
+                self.config.optimizer, self.config.optimizer.schedule_steps, step - 1 - int(skipped)
+            ),
+            "train/tokens": float(step * self.tokens_per_step),
+            "train/epochs": step * self.config.batch_size / self.examples_per_epoch,
+            "train/tokens_per_second": self.tokens_per_step / seconds,
+            "train/step_seconds": seconds,
+            "seconds": self._seconds(),
+        }
+        if self.flops is not None:
+            utilisation = metrics.model_flops_utilisation(
+                self.flops, seconds, self.device_kind, jax.device_count(), self.config.precision.compute
+            )
+            if utilisation is not None:
+                values["train/mfu"] = utilisation
+        self._metrics.add(step, values)
+        self._progress.update(step, loss=values["train/loss"], tokens_per_second=values["train/tokens_per_second"])
+        self._sums, self._count = {}, 0
+        self._last, self._last_step, self._paused = now, step, 0.0
+
+    def pause(self, seconds: float) -> None:
+        """Time that was not training, left out of tokens/s."""
+        self._paused += seconds
+
+    def evaluation(self, step: int, values: Mapping[str, float], seconds: float) -> None:
+        """Writes held-out numbers, as a line of metrics.jsonl and as rows of results.jsonl."""
+        self.pause(seconds)
+        self._metrics.add(step, {**values, "eval/seconds": seconds, "seconds": self._seconds()})
+        shown = ", ".join(
+            f"{name.removeprefix('eval/')} {value:.4f}"
+            for name, value in values.items()
+            if not name.endswith(("_targets", "_perplexity"))
+        )
+        self._progress.message(f"step {step}: held-out {shown}")
+        if not self.enabled:
+            return
+        metrics.append_results(
+            self.workdir,
+            [
+                metrics.Result(
+                    run=self.run.facts["name"],
+                    step=step,
+                    suite="pretraining",
+                    metric=name.removeprefix("eval/"),
+                    pretrain_seed=self.config.seed,
+                    head_seed=None,
+                    split="valid",
+                    n=values.get(f"{name}_targets", 0.0),
+                    value=value,
+                )
+                for name, value in values.items()
+                if not name.endswith("_targets")
+            ],
+        )
+        self._update(step)
+
+    def _update(self, step: int) -> None:
+        epochs = step * self.config.batch_size / self.examples_per_epoch
+        self.run.update(
+            step=step,
+            tokens=step * self.tokens_per_step,
+            text_tokens=round(epochs * self.text["tokens"]),
+            bytes=round(epochs * self.text["bytes"]),
+            words=round(epochs * self.text["words"]),
+            epochs=epochs,
+            flops=None if self.flops is None else step * self.flops,
+            seconds=self._seconds(),
+        )
+
+    def finish(self, step: int) -> None:
+        """Notes that the run is complete and closes everything."""
+        if step > self.start:
+            self._update(step)
+        self.run.finish()
+        self.close()
+        self.say(f"complete after {step:,} steps: {self.workdir}")
+
+    def fail(self, error: BaseException) -> None:
+        """Notes why the run ended before its time."""
+        self.run.facts |= {"status": "failed", "error": " ".join(str(error).split()) or type(error).__name__}
+        self.run._write()
+        self.close()
+
+    def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None

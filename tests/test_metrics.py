@@ -166,12 +166,18 @@ def test_progress_prints_plain_lines_off_terminals(monkeypatch):
     progress = metrics.Progress(400, start=100, seconds=10, stream=stream)
     for step in range(101, 401):
         clock[0] += 0.25
+        progress.update(step)
         progress.update(step, loss=2.0, tokens_per_second=1234.5)
     progress.close()
     lines = stream.getvalue().splitlines()
     assert len(lines) == 9, "the first, one every ten of 75 seconds, the last"
     assert lines[1] == "step 141/400  loss 2.0000  tokens/s 1,234  0:10 gone  1:04 left"
-    assert lines[-1].startswith("step 400/400")
+    assert lines[-1] == "step 400/400  loss 2.0000  tokens/s 1,234  1:15 gone  0:00 left"
+    short = metrics.Progress(400, seconds=10, stream=(stream := io.StringIO()))
+    for step in (1, 2):
+        short.update(step)
+    short.close()
+    assert [line.split()[1] for line in stream.getvalue().splitlines()] == ["1/400", "2/400"], "an end before its time"
 
 
 def test_a_terminal_gets_a_bar():

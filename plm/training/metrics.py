@@ -449,7 +449,7 @@ class Progress:
         self.stream = sys.stderr if stream is None else stream
         self.total, self.start, self.step, self.seconds, self.enabled = total, start, start, seconds, enabled
         self._began = time.monotonic()
-        self._last = -math.inf
+        self._last, self._printed = -math.inf, start
         self._shown: dict[str, str] = {}
         self._bar = None
         if enabled and self.stream.isatty():
@@ -465,9 +465,13 @@ class Progress:
             self._bar.set_postfix(self._shown, refresh=False)
             self._bar.update(step - self.step)
         self.step = step
-        time_to_show = time.monotonic() - self._last >= self.seconds or step >= self.total
-        if self.enabled and self._bar is None and time_to_show:
-            self._last = time.monotonic()
+        # The last step's line waits for its loss.
+        if time.monotonic() - self._last >= self.seconds or (step >= self.total and loss is not None):
+            self._print()
+
+    def _print(self) -> None:
+        if self.enabled and self._bar is None:
+            self._last, self._printed = time.monotonic(), self.step
             print(self.line(), file=self.stream, flush=True)
 
     def line(self) -> str:
@@ -488,8 +492,11 @@ class Progress:
             print(text, file=self.stream, flush=True)
 
     def close(self) -> None:
+        """Ends the bar; off terminals prints the last step if no line told of it."""
         if self._bar is not None:
             self._bar.close()
+        elif self._printed != self.step:
+            self._print()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -876,10 +876,10 @@ def _docstrings(tree: ast.Module) -> list[str]:
     return [text for node in nodes if (text := ast.get_docstring(node))]
 
 
-_BULLET = re.compile(r"\s*(?:[*•·+-]|\(?\d{1,2}[.)]|\(?[a-z]\)|\[\d+\]|\.\. \[\w+\])\s+")
-_DIRECTIVE = re.compile(r"\s*\.\. [\w:-]+::\s*")
+_BULLET = re.compile(r"^\s*(?:[*•·+-]|\(?\d{1,2}[.)]|\(?[a-z]\)|\[\d+\]|\.\. \[\w+\])\s+")
+_DIRECTIVE = re.compile(r"^\s*\.\. [\w:-]+::\s*")
 _CODE_DIRECTIVE = re.compile(r"\s*\.\. (?:code|code-block|sourcecode|productionlist|literalinclude|math|testcode)::")
-_FIELD = re.compile(r"\s*:(?:param|type|return|returns|rtype|raise|raises|keyword|arg|var)\b[^:]*:\s*")
+_FIELD = re.compile(r"^\s*:(?:param|type|return|returns|rtype|raise|raises|keyword|arg|var)\b[^:]*:\s*")
 _PROMPT = re.compile(r"\s*(?:>>>|\.\.\. |In \[\d+\]|[$%#] )")
 _RULE = re.compile(r"\s*([=\-~^*#\"'`.+_|])\1{2,}[\s=\-~^+|]*$")
 _TABLE = re.compile(r"\s*(?:\+[-=+]{3,}|\||={3,}\s+={3,}|-{3,}\s+-{3,})")
@@ -908,12 +908,10 @@ def prose(text: str) -> list[str]:
             continue
         if any(_RULE.match(line) for line in block):  # a heading, or a heading and the text right below it
             block = block[max(i for i, line in enumerate(block) if _RULE.match(line)) + 1 :]
-        joined = " ".join(
-            " ".join(
-                _FIELD.sub("", _DIRECTIVE.sub("", _BULLET.sub("", line, count=1))) if i == 0 else line
-                for i, line in enumerate(block)
-            ).split()
-        )
+        if not block:
+            continue
+        lead = _FIELD.sub("", _DIRECTIVE.sub("", _BULLET.sub("", block[0])))
+        joined = " ".join(" ".join([lead, *block[1:]]).split())
         joined = _ROLE.sub(r"\1", joined)
         joined = _INLINE.sub(lambda match: next(group for group in match.groups() if group), joined)
         joined = re.sub(r"\s*::$", ":", joined)

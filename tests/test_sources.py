@@ -251,7 +251,7 @@ def test_tensorflow_datasets_without_tensorflow(tmp_path):
     assert read["tfds:tiny_corpus:1.0.0#text"][2:] == [fingerprint, documents]
     parts = read["tfds:DIR:train[:40%]#body.parts"][3]
     assert parts == [[f"Part {i}.", "The next part.", "It goes on."] for i in range(4)]
-    assert "no field 'nope' (there: 'text', 'label', 'body')" in read["tfds:DIR#nope"]
+    assert "no field 'nope' (there: 'body', 'label', 'text')" in read["tfds:DIR#nope"]
     assert "there are: train" in read["tfds:DIR:test#text"]
     assert "field 'label' holds int" in read["tfds:DIR#label"]
 

@@ -691,7 +691,7 @@ class TensorFlowDataset(Source):
         for key in self.field.split("."):
             features = getattr(features, "feature", features)
             if not hasattr(features, "keys") or key not in features:
-                have = ", ".join(map(repr, builder.info.features))
+                have = ", ".join(map(repr, sorted(builder.info.features)))
                 raise UserError(f"data source {spec!r}: no field {self.field!r} (there: {have})")
             features = features[key]
         if not self.examples:

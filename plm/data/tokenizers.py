@@ -520,12 +520,13 @@ def _count_words(kind: str, texts: Iterable[str], lowercase: bool, pretokenized:
     text, and the same: no rule looks across a space (but ftfy, on mojibake that contains one).
     """
     chunks: collections.Counter[str] = collections.Counter()
-    floor = 0
     for text in texts:
         chunks.update(text.split())
-        while len(chunks) > MAX_WORDS:
-            floor += 1
-            chunks = collections.Counter({chunk: n for chunk, n in chunks.items() if n > floor})
+        if len(chunks) > MAX_WORDS:
+            floor = 0
+            while len(chunks) > MAX_WORDS // 2:
+                floor += 1
+                chunks = collections.Counter({chunk: n for chunk, n in chunks.items() if n > floor})
     if kind == "wordpiece":
         normalizer, pre_tokenizer = _bert_rules(lowercase)
 

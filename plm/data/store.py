@@ -7,7 +7,15 @@ half a store. Stores lie under `cache_directory()/stores`, named by a fingerprin
 tokenizer, the split and VERSION, and are found again by the next run.
 
 Memory does not grow with the corpus: a process holds one document, a batch of `BATCH_CHARACTERS` and at most
-`MAX_OPEN_WORDS` distinct words outside the vocabulary; joining copies chunk by chunk.
+`MAX_OPEN_WORDS` distinct words outside the vocabulary; joining copies chunk by chunk. Measured (Linux, Python 3.11, two
+worker processes on two cores that were busy otherwise):
+
+| text | tokenizer | time | speed | peak resident, a worker | parent, above what it had | store |
+| --- | --- | --- | --- | --- | --- | --- |
+| 1.03 GB | wordpiece, 8,192 | 562 s | 1.84 MB/s | 71 MB (46 MB its own) | 32 MB | 596 MB |
+| 0.26 GB | words, 20,000 | 112 s | 2.31 MB/s | 79 MB (55 MB its own) | 31 MB | 339 MB |
+
+While it is built a store needs the disk twice; the parts hold 4 bytes a token.
 """
 
 import concurrent.futures

@@ -17,7 +17,8 @@ follow the blank lines (for jsonl: the records) that begin in it. A plain file i
 has to be decompressed up to the range's first byte, so it is cut into at most `COMPRESSED_SHARDS` ranges, which bounds
 that extra work by (COMPRESSED_SHARDS + 1) / 2 passes of decompression. Nothing is left out: a document longer than
 `PART_BYTES` becomes several documents and a line longer than `LINE_BYTES` several sentences, cut at a space if it has
-one. The exception is one JSON record, which has to fit into memory (`RECORD_BYTES` at most).
+one. The exception is one JSON record, which has to fit into memory (`RECORD_BYTES` at most). Measured: a process
+that reads 360 MB takes 95 MB, and 140 MB when all of it is a single line.
 """
 
 import ast

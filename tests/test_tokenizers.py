@@ -129,7 +129,7 @@ def test_elmo_facts_of_the_official_tests(real_data, tmp_path):
 
 
 def test_elmo_characters():
-    # papers.md's values are those after adding 1; rows here are raw.
+    # The published values are those after adding 1; rows here are raw.
     def plus_one(word):
         return (tokenizers.character_rows([word])[0] + 1).tolist()
 

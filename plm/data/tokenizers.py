@@ -1,7 +1,7 @@
 """Text -> ids and back: WordPiece, BPE with `</w>`, byte-level BPE and word vocabularies, one class for all.
 
 The algorithms (normalisers, models, trainers) are those of the `tokenizers` library; what is here is the papers' text
-cleaning, the special tokens' roles and the order of a trained vocabulary. Facts are those of papers.md 1.1 - 1.3.
+cleaning (as their official code does it), the special tokens' roles and the order of a trained vocabulary.
 
     kind       paper  cleaning and splitting                              special tokens when trained here
     wordpiece  BERT   spaces, control characters, CJK, lower case and     [PAD] [UNK] [CLS] [SEP] [MASK]
@@ -11,7 +11,8 @@ cleaning, the special tokens' roles and the order of a trained vocabulary. Facts
                       pattern; for controlled comparisons
     words      ELMo   `english_words`                                     <S> </S> <UNK>
 
-No text is ever read as a special token, except a word "<S>" of text that is split already (as in the official code).
+No text is read as a special token, but for a line break in GPT's (the published token is one) and a word "<S>" of text
+that is split already (as in ELMo's official code).
 
 **GPT's splitting.** The published one is spaCy's English tokenizer, which is no dependency. `english_words` follows its
 main rules (contractions, abbreviations, initials, ellipses, currency and per cent signs, sentence-final stops, a full

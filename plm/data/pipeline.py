@@ -105,7 +105,7 @@ class Corpus:
 
 def _trained_on(source: sources.Source, wanted, valid_fraction: float, progress: bool) -> Tokenizer:
     """A vocabulary of the held-in documents of a source, remembered by corpus and settings."""
-    settings = (wanted.kind, wanted.vocab, wanted.lowercase, valid_fraction)
+    settings = (wanted.kind, wanted.vocab, wanted.lowercase, wanted.pretokenized, valid_fraction)
     name = f"{stable_hash('vocabulary', tokenizers.VERSION, source.fingerprint, *settings, bits=128):032x}"
     directory = sources.cache_directory() / "vocabularies" / name
     if not (directory / "tokenizer_settings.json").exists():
@@ -119,7 +119,13 @@ def _trained_on(source: sources.Source, wanted, valid_fraction: float, progress:
                         yield from document.sentences
                 bar.add(shard.bytes)
 
-        trained = tokenizers.train(wanted.kind, sentences(), wanted.vocab, lowercase=wanted.lowercase)
+        trained = tokenizers.train(
+            wanted.kind,
+            sentences(),
+            wanted.vocab,
+            lowercase=wanted.lowercase,
+            pretokenized=wanted.pretokenized,
+        )
         bar.close()
         with store.writable(directory.parent), store.locked(directory):
             trained.save(directory)
@@ -164,6 +170,6 @@ def open_corpus(data, *, tokenizer_directory: epath.Path | None = None, progress
         "licence": source.licence,
         "train": train.meta["splits"]["train"],
         "valid": valid.meta["splits"]["valid"],
-        "replaced_bytes": train.meta.get("replaced_bytes", 0),
+        "replaced_utf8": train.meta.get("replaced_utf8", 0),
     }
     return Corpus(tokenizer, train.train, valid.valid, meta)

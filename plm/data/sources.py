@@ -343,7 +343,7 @@ def _scan(path: str) -> Scan:
     try:
         with _open(path) as stream:
             while True:
-                block = stream.read(1 << 20)
+                block = stream.read(1 << 16)
                 digest.update(block)
                 size += len(block)
                 blank = blank and (not block or block.isspace())

@@ -217,6 +217,7 @@ KEYS: tuple[tuple[str, Any, Rule, str], ...] = (
     ("data.tokenizer.vocab", 8192, whole(2), "number of pieces or words, specials included"),
     ("data.tokenizer.path", "", words(), "a trained vocabulary or official files; '' = trained on the corpus"),
     ("data.tokenizer.lowercase", False, truth(), "letter case is dropped"),
+    ("data.tokenizer.pretokenized", False, truth(), "bpe, words: the text has spaces between words already"),
     (
         "data.lanes.backward",
         "independent",

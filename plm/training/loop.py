@@ -12,15 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from plm.data.pipeline import Batches, Corpus, open_corpus
 from plm.data.pretrain import make_layout
+from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
 from plm.models.graph import ModelGraph, build
 from plm.training import checkpoint, optimizer, sharding
 from plm.training import config as configs
 from plm.training.objectives import HOST_ONLY, Draw, make_objectives
-from plm.training.record import Record
+from plm.training.record import CONFIG, TOKENIZER, Record
 from plm.training.step import TrainState, make_eval_step, make_train_step, new_state
 
 EVAL_SEED = 0  # held-out masks and pairs are the same for every run, whatever its seed
@@ -36,7 +38,7 @@ def _layout(config, corpus: Corpus, mode: str, batch_size: int, seed: int):
         seq_len=config.seq_len,
         batch_size=batch_size,
         seed=seed,
-        settings=config.data.get(name, {}),
+        settings=config.data.own if configs.is_outside(name) else config.data[name],
         mode=mode,
     )
 
@@ -54,7 +56,7 @@ def make_batches(config, corpus: Corpus, mode: str, mesh) -> Batches:
         batch_size=batch_size,
         draw=lambda step, rows: Draw(seed, step, rows, mode),
         mesh=mesh,
-        characters=split.character_rows if config.model.input == "characters" else None,
+        characters=split.character_rows if config.model.get("input") == "characters" else None,
         target_id=corpus.tokenizer.target_id,
         host_only=HOST_ONLY,
     )
@@ -66,7 +68,7 @@ def compute_dtype(config) -> jnp.dtype:
 
 
 def _carries(config, layout) -> bool:
-    """Whether row i of a batch continues row i of the batch before."""
+    """Whether row i of a batch continues row i of the batch before; a layout from outside says so itself."""
     return config.data.layout in CARRIED_LAYOUTS or bool(getattr(layout, "continues_rows", False))
 
 
@@ -129,13 +131,13 @@ def _state_and_shardings(config, graph: ModelGraph, tx, mesh, carried: bool):
 
     key = jax.random.key(config.seeds.init)
     abstract = jax.eval_shape(create, key)
-    specs, messages = sharding.partition_specs(abstract, mesh)
+    specs, messages = sharding.partition_specs(abstract, mesh, rules=graph.sharding_rules)
     shardings = sharding.shardings(specs, mesh)
     like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
     return lambda: jax.jit(create, out_shardings=shardings)(key), like, messages
 
 
-def _start(config, fresh, like, saved: checkpoint.Checkpoints, say) -> TrainState:
+def _start(config, corpus: Corpus, fresh, like, saved: checkpoint.Checkpoints, say) -> TrainState:
     """The state to go on from: this run's newest whole checkpoint, another run's (`init.from`), or a new one."""
     restored = saved.restore_latest(like)
     if restored is not None:
@@ -145,11 +147,17 @@ def _start(config, fresh, like, saved: checkpoint.Checkpoints, say) -> TrainStat
     source = config.init["from"]
     if not source:
         return fresh()
-    name, _, at = source.rpartition("@") if "@" in source else (source, "", "")
-    step = int(at) if at.isdigit() else None
+    name, _, number = source.rpartition("@")
+    name, step = (name, int(number)) if name and number.isdigit() else (source, None)
+    _check_vocabulary(name, corpus.tokenizer)
     state = fresh()
     if config.init.keep == "all":
         state, step = checkpoint.restore_state(name, like, step)
+        if step >= config.total_steps:
+            raise UserError(
+                f"init.from={source!r} has done {step} steps, which init.keep='all' counts: total_steps="
+                f"{config.total_steps} must be more"
+            )
         # Another run's rows are other text: its LSTM states say nothing here.
         state = dataclasses.replace(state, carry=fresh().carry)
         say(f"continuing {name} after step {step} with its optimizer and step")
@@ -159,6 +167,19 @@ def _start(config, fresh, like, saved: checkpoint.Checkpoints, say) -> TrainStat
     for line in report.lines():
         say(f"init.from {name} at step {step}: {line}")
     return dataclasses.replace(state, params=params)
+
+
+def _check_vocabulary(source: str, tokenizer: Tokenizer) -> None:
+    """Refuses another run's parameters where the same ids mean other text. (Foreign directories have no tokenizer.)"""
+    folder = epath.Path(source) / TOKENIZER
+    if not folder.exists():
+        return
+    theirs = Tokenizer.load(folder)
+    if theirs.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"init.from={source!r} has another vocabulary ({theirs.kind} of {theirs.size}, here {tokenizer.kind} of"
+            f" {tokenizer.size}): use its own, data.tokenizer.kind={theirs.kind} data.tokenizer.path={folder}"
+        )
 
 
 def train(config, workdir: epath.PathLike) -> dict[str, float]:
@@ -175,7 +196,8 @@ def train(config, workdir: epath.PathLike) -> dict[str, float]:
     sharding.check_batch("eval.batch_size", config.eval.batch_size or config.batch_size, mesh)
     _check_writable(workdir)
 
-    corpus = open_corpus(config.data, tokenizer_directory=workdir / "tokenizer", progress=chief)
+    kept = workdir / TOKENIZER if (workdir / CONFIG).exists() else None
+    corpus = open_corpus(config.data, tokenizer_directory=kept, progress=chief)
     config = configs.resolve_seeds(config)
     batches = make_batches(config, corpus, "train", mesh)
     config = configs.resolve(
@@ -183,9 +205,8 @@ def train(config, workdir: epath.PathLike) -> dict[str, float]:
     )
     record = Record(workdir, config, enabled=chief)
     record.refuse_another_config(corpus)
-    if chief:
-        corpus.tokenizer.save(workdir / "tokenizer")
-
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("plm: every process has read the workdir")
     objectives, coefficients = make_objectives(config, corpus.tokenizer)
     names = tuple(objective.name for objective in objectives)
     graph = build(config, corpus.tokenizer.size, names, compute_dtype(config))
@@ -215,7 +236,7 @@ def train(config, workdir: epath.PathLike) -> dict[str, float]:
             keep_at=config.checkpoint.keep_at,
             every_steps=config.checkpoint.every_steps,
         ) as saved:
-            state = _start(config, fresh, like, saved, record.say)
+            state = _start(config, corpus, fresh, like, saved, record.say)
             start = int(state.step)
             if start >= config.total_steps and record.run.facts.get("status") == "complete":
                 record.say(f"already complete after {start:,} steps: {workdir}")
@@ -250,14 +271,14 @@ def _run(config, state, start, train_step, evaluator, batches, saved, record) ->
     stream = batches.iterate(start, total)
     pending = None
 
-    def report() -> None:
+    def report(*, line: bool = False) -> None:
         nonlocal pending
         if pending is None:
             return
         step, numbers = pending
         pending = None
         numbers = {name: float(value) for name, value in jax.device_get(numbers).items()}
-        record.train(step, numbers)
+        record.train(step, numbers, line=line)
         if numbers["skipped_in_a_row"] >= config.nonfinite.max_in_a_row:
             raise UserError(
                 f"the loss or its gradient was not finite in {int(numbers['skipped_in_a_row'])} steps in a row, the"
@@ -265,9 +286,12 @@ def _run(config, state, start, train_step, evaluator, batches, saved, record) ->
             )
 
     for step in range(start, total + 1):
-        if step > start:
+        if step == total or saved.due(step):
+            # First the lines, which no resumed run will make again, and up to here: one of its means starts here.
+            report(line=True)
             saved.save(state, step, force=step == total)
-        if evaluator is not None and (step > start or step == total) and _due(step, config.eval.every_steps, total):
+        due = evaluator is not None and _due(step, config.eval.every_steps, total)
+        if due and (step > start or (step > 0 and not record.has_evaluated)):
             report()
             began = time.perf_counter()
             values = evaluator(state.params)

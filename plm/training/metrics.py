@@ -218,6 +218,11 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
 
+    def flush(self) -> None:
+        """Writes the lines that are not written yet."""
+        if self._lines is not None:
+            self._lines.flush()
+
     def close(self) -> None:
         """Writes what is not written yet and closes the files."""
         if self._lines is not None:
@@ -391,7 +396,8 @@ class Result:
     """A row of results.jsonl: one number.
 
     run: name of the run; suite, metric: for example "pretraining", "causal" (nats); split: "valid", ...; n: how many
-    things were averaged; head_seed: of a task head, None without one; predictions: file beside results.jsonl, or None.
+    things were averaged; head_seed: of a task head, None without one; predictions: file beside results.jsonl, or None;
+    low, high: the ends of an interval around the value where the suite gives one.
     """
 
     run: str
@@ -404,6 +410,8 @@ class Result:
     n: float
     value: float
     predictions: str | None = None
+    low: float | None = None
+    high: float | None = None
 
 
 def append_results(workdir: epath.PathLike, rows: Iterable[Result]) -> None:

@@ -4,7 +4,9 @@ import time
 from collections.abc import Mapping
 
 import jax
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from plm.data.pipeline import Batches, Corpus
 from plm.errors import UserError
@@ -13,11 +15,11 @@ from plm.models.graph import ModelGraph
 from plm.training import config as configs
 from plm.training import metrics, optimizer
 
-CONFIG = "config.json"
+CONFIG, TOKENIZER = "config.json", "tokenizer"
 
 
 class Record:
-    """config.json, run.json, metrics.jsonl and results.jsonl of a run, and its progress.
+    """config.json, tokenizer, run.json, metrics.jsonl and results.jsonl of a run, and its progress.
 
     config: resolved. enabled: False on all processes but the first, where nothing is written or printed.
     """
@@ -37,25 +39,34 @@ class Record:
             metrics.Progress(1).message(line)
 
     def refuse_another_config(self, corpus: Corpus) -> None:
-        """A `UserError` if the workdir belongs to a run with another config or other text; else saves the config."""
+        """A `UserError` if the workdir belongs to a run with another config, other text or another vocabulary."""
         path = self.workdir / CONFIG
-        if path.exists():
-            before = self.run.facts.get("corpus", {}).get("fingerprint")
-            same = before is not None and before == corpus.meta["fingerprint"]
-            saved = configs.from_json(path.read_text())
-            configs.refuse_differences(saved, self.config, str(self.workdir), same_data=same)
-            if before is not None and not same:
-                raise UserError(
-                    f"{self.workdir} was trained on text with fingerprint {before}, and"
-                    f" data.source={self.config.data.source!r} now has {corpus.meta['fingerprint']}:"
-                    " restore the text, or give another --workdir"
-                )
-        if self.enabled:
-            metrics.write_atomically(path, configs.to_json(self.config))
+        if not path.exists():
+            return
+        before = self.run.facts.get("corpus", {}).get("fingerprint")
+        same = before is not None and before == corpus.meta["fingerprint"]
+        saved = configs.from_json(path.read_text())
+        configs.refuse_differences(saved, self.config, str(self.workdir), same_data=same)
+        if before is not None and not same:
+            raise UserError(
+                f"{self.workdir} was trained on text with fingerprint {before}, and"
+                f" data.source={self.config.data.source!r} now has {corpus.meta['fingerprint']}:"
+                " restore the text, or give another --workdir"
+            )
+        vocabulary = self.run.facts.get("tokenizer", {}).get("fingerprint", corpus.tokenizer.fingerprint)
+        if vocabulary != corpus.tokenizer.fingerprint:
+            raise UserError(
+                f"{self.workdir} was trained with the vocabulary {vocabulary}, and its folder {TOKENIZER} holds"
+                f" {corpus.tokenizer.fingerprint}: restore it, or give another --workdir"
+            )
 
     def begin(self, start: int, *, corpus: Corpus, graph: ModelGraph, batches: Batches, mesh) -> None:
-        """Notes a session that starts after `start` steps."""
+        """Notes a session that starts after `start` steps. Only now, when nothing is left to be refused, the workdir
+        becomes that of a run: its config is written last."""
         config, tokenizer = self.config, corpus.tokenizer
+        if self.enabled:
+            tokenizer.save(self.workdir / TOKENIZER)
+            metrics.write_atomically(self.workdir / CONFIG, configs.to_json(config))
         device = jax.devices()[0]
         self.start, self.tokens_per_step = start, config.batch_size * config.seq_len
         self.examples_per_epoch = batches.layout.examples_per_epoch
@@ -64,6 +75,10 @@ class Record:
         self.share = batches.layout.tokens_per_example / config.seq_len
         lines = metrics.read_metrics(self.workdir)
         self.seconds_before = max((line.get("seconds", 0.0) for line in lines if line["step"] <= start), default=0.0)
+        # A run that was killed between saving a step and evaluating it does the latter when it resumes.
+        self.has_evaluated = any(line["step"] == start and "eval/loss" in line for line in lines)
+        if jax.process_count() > 1:
+            self.has_evaluated = bool(multihost_utils.broadcast_one_to_all(np.asarray(self.has_evaluated)))
         self._metrics = metrics.Metrics(
             self.workdir,
             step=start,
@@ -126,14 +141,14 @@ class Record:
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self._began
 
-    def train(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Takes the numbers of a step; every `log.every_steps` writes means over the steps since the last line."""
+    def train(self, step: int, numbers: Mapping[str, float], *, line: bool = False) -> None:
+        """Takes a step's numbers; every `log.every_steps`, or if `line`, writes the means since the last line."""
         for name in numbers:
             self._sums[name] = self._sums.get(name, 0.0) + numbers[name]
         self._count += 1
         self._progress.update(step)
         every, total = self.config.log.every_steps, self.config.total_steps
-        if step % every and step != total:
+        if step % every and step != total and not line:
             return
         now = time.perf_counter()
         seconds = max(now - self._last - self._paused, 1e-9) / (step - self._last_step)
@@ -158,6 +173,8 @@ class Record:
             if utilisation is not None:
                 values["train/mfu"] = utilisation
         self._metrics.add(step, values)
+        if line:
+            self._metrics.flush()
         self._progress.update(step, loss=values["train/loss"], tokens_per_second=values["train/tokens_per_second"])
         self._sums, self._count = {}, 0
         self._last, self._last_step, self._paused = now, step, 0.0

@@ -175,6 +175,8 @@ def test_baseline_rows_and_bits_per_byte():
     assert bits_per_byte * n_bytes == pytest.approx(nats * n / math.log(2))
     assert values["kneser_ney_1/forward"][0] == pytest.approx(values["kneser_ney_1/backward"][0])
     assert values["unigram/masked"][1] == 5
+    (only,) = ngrams.baselines(split(), split(), tokenizer, layout="pairs", forward=False, masked=True)
+    assert only["metric"] == "unigram/masked"
 
 
 def test_bad_input_is_one_line():

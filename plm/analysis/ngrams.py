@@ -189,12 +189,13 @@ def baselines(
     *,
     layout: str,
     orders: Sequence[int] = ORDERS,
+    forward: bool = True,
     backward: bool = False,
     masked: bool = False,
 ) -> list[dict]:
     """Rows for `results.jsonl` (suite, metric, split, n, value) of one store: train and held-out split.
 
-    metric: `kneser_ney_<order>/forward` and, if asked for, `.../backward`: nats per token; the same with
+    metric: `kneser_ney_<order>/forward` and `.../backward`, as asked for: nats per token; the same with
     `_bits_per_byte` where the tokenizer is lossless. With `masked`, `unigram/masked`: nats per masked piece of the
     smoothed unigram, in expectation over which pieces are masked: all ordinary held-out pieces are equally likely.
     """
@@ -203,7 +204,7 @@ def baselines(
     def row(metric: str, value: float, n: int) -> None:
         rows.append({"suite": "ngrams", "metric": metric, "split": "valid", "n": int(n), "value": float(value)})
 
-    for direction in ("forward", "backward")[: 2 if backward else 1]:
+    for direction in [name for name, wanted in (("forward", forward), ("backward", backward)) if wanted]:
         train_stream = stream(train, tokenizer, layout=layout, backward=direction == "backward")
         tokens, starts = stream(valid, tokenizer, layout=layout, backward=direction == "backward")
         for order, model in kneser_ney(*train_stream, tokenizer.size, orders).items():

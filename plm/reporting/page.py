@@ -71,7 +71,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         Section(
             "Runs and provenance",
             "Every started run is listed.",
-            [tables.run_table(runs), tables.provenance_table(runs)],
+            [tables.run_table(runs), tables.provenance_table(runs), tables.settings_table(every)],
         )
     )
     for section in result:
@@ -185,7 +185,7 @@ def _table(table: Table) -> str:
 
     def cell(i: int, value) -> str:
         column = table.columns[i]
-        text = escape(column.text(value))
+        text = escape(column.text(value)[: column.at_most])
         if isinstance(value, Summary) and value.n > 1:
             text += f'<span class="values">{escape(column.detail(value))}</span>'
         if i == 0:
@@ -333,6 +333,7 @@ thead th { vertical-align: bottom; border-bottom: 1.5px solid var(--faint); font
 tbody th { font-weight: 600; min-width: 7rem; max-width: 22rem; overflow-wrap: anywhere; }
 .number { text-align: right; padding: .28rem .35rem .28rem .9rem; white-space: nowrap; }
 thead .number { white-space: normal; }
+td.number + td:not(.number), th.number + th:not(.number) { padding-left: 1rem; }
 .unit { color: var(--faint); font-weight: 400; font-size: .8rem; }
 .values { display: block; color: var(--faint); font-size: .75rem; white-space: normal;
   min-width: 8rem; max-width: 15rem; margin-left: auto; }

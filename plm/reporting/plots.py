@@ -105,7 +105,7 @@ def curves(panel: Panel, look: dict[str, Look]) -> Figure:
                 values.append(held_out)
                 ends.append(held_out[-1])
                 train_steps, train = ([], []) if n_lines > 8 else run.series(key.replace("eval/", "train/"))
-                has_train |= len(train_steps) > 0
+                has_train |= len(train_steps) > 3
                 for axis, name in zip(axes, ("step", "tokens", "seconds"), strict=True):
                     if len(train_steps):
                         x, y = _binned(run, name, train_steps, train, n_points)

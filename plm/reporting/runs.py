@@ -139,7 +139,8 @@ class Run:
             found.append("run.json has no corpus fingerprint: left out of the tables")
         if self.metrics:
             have = {row.get("suite") for row in self.results}
-            found += [f"no {suite.replace('_', '-')}" for suite in ("ngrams", "pseudo_words") if suite not in have]
+            names = {"ngrams": "n-grams", "pseudo_words": "pseudo-words"}
+            found += [f"no {name}" for suite, name in names.items() if suite not in have]
             if not self.samples:
                 found.append("no samples")
         return found

@@ -25,6 +25,7 @@ class Column:
     unit: str = ""
     format: str | Callable[[float], str] = ""
     interval: bool = False
+    at_most: int | None = None  # characters on the page (a hash needs no more); files have all of them
 
     @property
     def heading(self) -> str:
@@ -121,6 +122,10 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def quantity(value: float) -> str:
@@ -368,8 +373,9 @@ def panel_table(panel: Panel) -> Table:
     if masked:
         note += (
             "A masked model sees both sides and is asked about some pieces only: its nats are comparable with those of "
-            "no other panel. Unigram: expected over which pieces are masked. "
+            "no other panel. "
         )
+        note += "Unigram: expected over which pieces are masked. " if baselines else ""
     elif measure.in_bits:
         note += "Bits per byte of text: comparable across vocabularies without UNK. "
     else:
@@ -453,7 +459,7 @@ def cost_table(all_arms: Sequence[Arm]) -> Table:
         Column("training FLOPs", "", quantity),
         Column("wall time", "", duration),
         Column("tokens per second", "", quantity),
-        Column("step", "ms", ",.3g"),
+        Column("step", "ms", _milliseconds),
         Column("MFU", "%", ".1f"),
         Column("all runs together", "", duration),
     ]
@@ -683,12 +689,12 @@ def provenance_table(runs: Sequence[Run]) -> Table:
         Column("run"),
         Column("started"),
         Column("command"),
-        Column("commit"),
-        Column("uncommitted changes"),
+        Column("commit", at_most=12),
+        Column("uncommitted changes", at_most=12),
         Column("devices"),
         Column("versions"),
-        Column("tokenizer"),
-        Column("protocol"),
+        Column("tokenizer", at_most=12),
+        Column("protocol", at_most=12),
     ]
     rows: list[list[Any]] = []
     for run in runs:
@@ -696,7 +702,7 @@ def provenance_table(runs: Sequence[Run]) -> Table:
         rows.append(
             [
                 run.name,
-                run.get("started"),
+                str(run.get("started", default=""))[:19].replace("T", " ") or None,
                 run.get("command"),
                 run.get("commit"),
                 run.get("uncommitted"),

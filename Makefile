@@ -1,0 +1,81 @@
+# Two commands: `make demo` and `make test`. Everything that they make stays in this checkout: .venv, .cache, runs.
+#
+#   make setup       .venv with the versions of constraints.txt; PYTHON=python3.12 chooses an interpreter (3.11 or later)
+#   make demo        pretrains ELMo, GPT and BERT small on the embedded corpus and names the page that compares them
+#   make test        lint and all tests but the slow ones; make test-full runs the slow ones too; ARGS='-k masked' chooses
+#   make bench       one training step of each model beside the same mathematics in PyTorch (.venv-peers)
+#   make lint        ruff; make format mends what it can
+#   make clean       removes caches; make distclean the environments too; neither touches runs
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-full bench lint format clean distclean
+.SUFFIXES:
+
+# An environment that is there keeps its Python until PYTHON asks for another.
+PYTHON ?= $(shell test -x .venv/bin/python && echo .venv/bin/python || echo python3)
+ARGS ?=
+DEMO ?= runs/demo
+JOBS ?= 2
+SUITES := ngrams,samples,pseudo_words
+
+export PLM_CACHE ?= $(CURDIR)/.cache/plm
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+RUN := .venv/bin/python -m
+# Python's -c programs are given on one line: make has no other quoting that every shell reads alike.
+SAME_VERSION = -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "$(VERSION)")'
+SUPPORTED = -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PYTHON=$(PYTHON) is Python $(VERSION): plm needs 3.11 or later")'
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+# $(call environment,FOLDER,EXTRAS): a virtual environment with this checkout and the pinned versions of what it needs.
+# The build backend is pinned and installed too, so nothing is fetched that constraints.txt does not name.
+define environment
+	@$(PYTHON) $(SUPPORTED)
+	@$(1)/bin/python $(SAME_VERSION) 2>/dev/null || $(PYTHON) -m venv --clear $(1)
+	$(1)/bin/python -m pip install --quiet --constraint constraints.txt setuptools
+	$(1)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[$(2)]'
+	@touch $@
+endef
+
+setup: .venv/.installed-$(VERSION)
+
+.venv/.installed-$(VERSION): pyproject.toml constraints.txt
+	$(call environment,.venv,test)
+
+.venv-peers/.installed-$(VERSION): pyproject.toml constraints.txt
+	$(call environment,.venv-peers,peers)
+
+# Typed again, every part finds its work done.
+demo: setup
+	$(RUN) launch.sweep --config=experiments/compare.py:tiny --backend=local --root=$(DEMO)
+	@for run in $(DEMO)/*/config.json; do \
+		$(RUN) plm.evaluate --model=$$(dirname $$run) --suite=$(SUITES) || exit $$?; \
+	done
+	$(RUN) plm.report $(DEMO) --output=$(DEMO)/report.html
+	@echo "The page that compares the three models: $(CURDIR)/$(DEMO)/report.html"
+
+test: lint
+	$(RUN) pytest -n $(JOBS) -m 'not slow' $(ARGS)
+
+test-full: lint
+	$(RUN) pytest -n $(JOBS) $(ARGS)
+
+bench: .venv-peers/.installed-$(VERSION)
+	.venv-peers/bin/python -m tests.benchmarks.bench --output=runs/bench $(ARGS)
+
+lint: setup
+	$(RUN) ruff check
+	$(RUN) ruff format --check
+
+format: setup
+	$(RUN) ruff check --fix
+	$(RUN) ruff format
+
+clean:
+	rm -rf .cache .pytest_cache .ruff_cache
+
+distclean: clean
+	rm -rf .venv .venv-peers plm.egg-info

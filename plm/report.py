@@ -38,14 +38,15 @@ def main(directories: list[str]) -> None:
     unknown = sorted(set(FLAGS.export) - set(EXPORTS))
     if unknown:
         raise UserError(f"--export={','.join(unknown)}: choose from {', '.join(EXPORTS)}")
-    # Imported here so that --help and bad flags answer at once.
-    from plm.reporting import page, runs
+    from plm.reporting import runs
 
     output = Path(FLAGS.output or (Path(directories[0]) / "report.html" if len(directories) == 1 else "report.html"))
     if output.is_dir():
         output /= "report.html"
     found = runs.find(directories)
     groups = runs.by_corpus(found, separate=FLAGS.table_by_corpus)
+    from plm.reporting import page  # matplotlib: bad input is answered before it is loaded
+
     parts = page.prepare(groups)
     texts = {output: page.html(parts)}
     if "md" in FLAGS.export:

@@ -1,0 +1,336 @@
+"""The evaluations that any run can be given, in one table: `SUITES[name]` = (function, settings).
+
+A suite's function takes a `Run` and returns an `Outcome`: rows for results.jsonl and files for the workdir. `evaluate`
+runs suites one after the other, writes what each returns as soon as it is there, and passes over a suite whose rows are
+there already for that step, text and settings (`evaluations.json` says with which settings rows were made).
+
+Text that a suite reads itself (pseudo-words, samples) comes from the run's own source, not from its store: the same
+documents, split in the same way, whatever the tokenizer. What is chosen from it depends on the corpus alone and is
+remembered in the cache, so that all runs over one corpus share sentences and pairs and only the first one reads them.
+"""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from plm.analysis import ngrams, pseudo_words, samples
+from plm.data import sources
+from plm.data.pipeline import Corpus, open_corpus
+from plm.data.store import Progress, locked, writable
+from plm.errors import UserError
+from plm.loading import Model, load, read_run, split_source
+from plm.models.graph import build
+from plm.randomness import stable_hash
+from plm.training import metrics, sharding
+from plm.training.loop import Evaluator, _carries, compute_dtype, make_batches
+from plm.training.objectives import make_objectives
+
+EVALUATIONS, SAMPLES, SENSES = "evaluations.json", "samples.json", "senses.json"
+VERSION = 1  # raise it whenever the same settings would choose other sentences or count otherwise
+READ_CHARACTERS = 1 << 28  # of training and of held-out text, at most, that pairs and samples are chosen from
+NGRAM_TOKENS = 100_000_000  # n-gram tables take about 200 bytes a token
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """rows: dicts with metric, split, n, value and perhaps predictions, low, high. files: name -> JSON value."""
+
+    rows: list[dict]
+    files: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Run:
+    """A run under evaluation; what is expensive is opened when the first suite asks for it.
+
+    spec: SRC[@STEP]. progress: show bars.
+
+    Errors: UserError when there is no such run or checkpoint, or its text is not what it was.
+    """
+
+    def __init__(self, spec: str, *, progress: bool = True):
+        self.source, step = split_source(spec)
+        self.workdir, self.progress = epath.Path(self.source), progress
+        self.config, self.tokenizer = read_run(self.workdir)
+        self.facts = metrics.RunRecord(self.workdir, enabled=False).facts
+        self._step = step
+
+    @functools.cached_property
+    def model(self) -> Model:
+        return load(self.source if self._step is None else f"{self.source}@{self._step}")
+
+    @property
+    def step(self) -> int:
+        return self.model.step
+
+    @functools.cached_property
+    def corpus(self) -> Corpus:
+        corpus = open_corpus(self.config.data, tokenizer_directory=self.workdir / "tokenizer", progress=self.progress)
+        before, now = self.facts.get("corpus", {}).get("fingerprint"), corpus.meta["fingerprint"]
+        if before is not None and before != now:
+            raise UserError(
+                f"{self.workdir} was trained on text with fingerprint {before}, and"
+                f" data.source={self.config.data.source!r} now has {now}: restore the text"
+            )
+        if not corpus.valid.n_tokens:
+            raise UserError(f"{self.workdir} has no held-out text: data.valid_fraction or data.valid_source gives some")
+        return corpus
+
+    @functools.cached_property
+    def chosen(self) -> dict:
+        """{"pairs": [pseudo_words.Pair], "samples": as `samples.choose` gives them} of the run's text."""
+        pair_settings, sample_settings = SUITES["pseudo_words"].settings, SUITES["samples"].settings
+        key = (VERSION, READ_CHARACTERS, pair_settings, sample_settings, self.corpus.meta["fingerprint"])
+        path = sources.cache_directory() / "held_out" / f"{stable_hash('held-out text', *key, bits=128):032x}.json"
+        if not path.exists():
+            with writable(path.parent), locked(path):
+                if not path.exists():
+                    held_out: list[Sequence[str]] = []
+                    # `choose` counts the training text before it looks at the held-out one, which is there by then.
+                    pairs = pseudo_words.choose(self._train_documents(held_out), held_out, pair_settings)
+                    found = {
+                        "pairs": [dataclasses.asdict(pair) for pair in pairs],
+                        "samples": samples.choose(held_out, sample_settings),
+                    }
+                    metrics.write_atomically(path, json.dumps(found))
+        found = json.loads(path.read_text("utf-8"))
+        return {"pairs": [_pair(pair) for pair in found["pairs"]], "samples": found["samples"]}
+
+    def _train_documents(self, held_out: list) -> Iterator[Sequence[str]]:
+        """The training documents; on the way puts the held-out ones into `held_out`."""
+        data = self.config.data
+        fraction = 0.0 if data.valid_source else data.valid_fraction
+        read = {"train": 0, "valid": 0}
+        for spec, fixed in ((data.source, None), (data.valid_source, "valid")):
+            if not spec:
+                continue
+            shards = sources.parse(spec, invalid_utf8=data.invalid_utf8).shards()
+            bar = Progress("reading text", sum(shard.bytes for shard in shards), unit="B", enabled=self.progress)
+            for shard in shards:
+                for document in shard.documents():
+                    split = fixed or sources.split_of(document, fraction)
+                    read[split] += sum(map(len, document.sentences))
+                    if read[split] > READ_CHARACTERS:
+                        continue
+                    if split == "train":
+                        yield document.sentences
+                    else:
+                        held_out.append(document.sentences)
+                bar.add(shard.bytes)
+                if read[fixed or "train"] > READ_CHARACTERS:
+                    break
+            bar.close()
+
+
+def _pair(values: Mapping) -> pseudo_words.Pair:
+    sides = (tuple(pseudo_words.Occurrence(tuple(o["words"]), o["position"]) for o in s) for s in values["occurrences"])
+    return pseudo_words.Pair(tuple(values["words"]), tuple(sides))
+
+
+# --------------------------------------------------------------------------------------------------------- the suites
+
+
+def evaluate_perplexity(run: Run, settings: Mapping) -> Outcome:
+    """The loop's own held-out numbers for this checkpoint, in the loop's own batches and precision."""
+    config, corpus = run.config, run.corpus
+    batch_size = config.eval.batch_size or config.batch_size
+    devices = jax.devices() if batch_size % jax.device_count() == 0 else jax.devices()[:1]
+    whole = type(config.mesh)({"data": -1, "fsdp": 1, "tensor": 1})
+    mesh = sharding.make_mesh(whole, devices)
+    objectives, coefficients = make_objectives(config, run.tokenizer, evaluation=True)
+    graph = build(config, run.tokenizer.size, tuple(config.objectives), compute_dtype(config))
+    with jax.set_mesh(mesh):
+        batches = make_batches(config, corpus, "eval", mesh)
+        carried = _carries(config, batches.layout)
+        evaluator = Evaluator(graph, batches, objectives, coefficients, config.eval.batches, carried)
+        values = evaluator(jax.device_put(run.model.params, jax.NamedSharding(mesh, jax.P())))
+    rows = [
+        {
+            "metric": name.removeprefix("eval/"),
+            "split": "valid",
+            "n": values.get(f"{name}_targets", 0.0),
+            "value": value,
+        }
+        for name, value in values.items()
+        if not name.endswith("_targets")
+    ]
+    return Outcome(rows)
+
+
+def evaluate_ngrams(run: Run, settings: Mapping) -> Outcome:
+    """Kneser-Ney on the run's own ids and held-out targets: forward, for two towers backward too; masked: the unigram.
+
+    Kept beside the store that they were counted on, so that runs over one store count once.
+    """
+    corpus, config = run.corpus, run.config
+    if corpus.train.n_tokens > NGRAM_TOKENS:
+        raise UserError(
+            f"suite ngrams: {corpus.train.n_tokens:,} training tokens would need about"
+            f" {corpus.train.n_tokens * 200 / 1e9:.0f} GB; at most {NGRAM_TOKENS:,} are counted"
+        )
+    direction = {"both": "both", "full": "masked"}.get(config.model.get("direction"), "forward")
+    orders = settings["orders"]
+    # Sentence markers are targets in lanes of words only; all other layouts read the same stream.
+    layout = "lanes" if config.data.layout == "lanes" else "blocks"
+    splits = (corpus.train.directory, corpus.valid.directory)
+    key = ("n-grams", VERSION, layout, orders, *(f"{d.parent.name}/{d.name}" for d in splits))
+    folder = corpus.train.directory / "plans"
+
+    def path(name: str):
+        return folder / f"ngrams-{name}-{stable_hash(*key, name, bits=64):016x}.json"
+
+    names = ("forward", "backward") if direction == "both" else (direction,)
+    if not all(path(name).exists() for name in names):
+        with writable(folder), locked(folder / "ngrams"):
+            if not all(path(name).exists() for name in names):
+                rows = ngrams.baselines(
+                    corpus.train,
+                    corpus.valid,
+                    run.tokenizer,
+                    layout=layout,
+                    orders=(1,) if direction == "masked" else orders,
+                    backward=direction == "both",
+                    masked=direction == "masked",
+                )
+                for name in names:
+                    own = [row for row in rows if row["metric"].partition("/")[2].split("_")[0] == name]
+                    metrics.write_atomically(path(name), json.dumps(own))
+    return Outcome([row for name in names for row in json.loads(path(name).read_text("utf-8"))])
+
+
+def evaluate_samples(run: Run, settings: samples.Settings) -> Outcome:
+    """Continuations or filled masks in samples.json; the row only points there."""
+    made = samples.make(run.model, run.chosen["samples"], settings)
+    path = run.workdir / SAMPLES
+    before = json.loads(path.read_text("utf-8")) if path.exists() else []
+    row = {"metric": "texts", "split": "valid", "n": len(made), "value": len(made), "predictions": SAMPLES}
+    return Outcome([row], {SAMPLES: [*(one for one in before if one.get("step") != run.step), *made]})
+
+
+def evaluate_pseudo_words(run: Run, settings: pseudo_words.Settings) -> Outcome:
+    """The trained model, the same model before training and a static vector on pairs of words written alike."""
+    pairs = run.chosen["pairs"]
+    total = sum(4 * pair.n for pair in pairs) * 2  # both forms of every sentence, trained and not
+    bar = Progress("pseudo-words", total, unit="sentences", enabled=run.progress)
+
+    def embedder(model: Model) -> pseudo_words.Embed:
+        def embed(sentences: list[list[str]], targets: list[int]) -> dict[str, np.ndarray]:
+            found: list = [None] * len(sentences)
+            done = 0
+            texts = [" ".join(words) for words in sentences]
+            for index, vectors in model.embed_each(texts, "all", "words"):
+                found[index] = vectors[:, targets[index]]
+                done += 1
+                if done % 50 == 0:  # not one by one: the first one waits for a compilation and says nothing of speed
+                    bar.add(50)
+            bar.add(done % 50)
+            by_layer = np.stack(found, axis=1)
+            return {_layer_name(layer): by_layer[layer] for layer in range(len(by_layer))}
+
+        return embed
+
+    rows, record = pseudo_words.evaluate(
+        embedder(run.model), pairs, control=embedder(run.model.initial()), settings=settings
+    )
+    bar.close()
+    return Outcome([row | {"predictions": SENSES} for row in rows], {SENSES: {"step": run.step, **record}})
+
+
+def _layer_name(layer: int) -> str:
+    return f"layer {layer}" if layer else "embedding"
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """function(run, settings) -> Outcome; settings: a mapping or a dataclass, a part of what makes rows the same."""
+
+    function: Callable[[Run, Any], Outcome]
+    settings: Any
+
+
+SUITES: dict[str, Suite] = {
+    "ngrams": Suite(evaluate_ngrams, {"orders": ngrams.ORDERS}),
+    "samples": Suite(evaluate_samples, samples.Settings()),
+    "pseudo_words": Suite(evaluate_pseudo_words, pseudo_words.Settings()),
+    "perplexity": Suite(evaluate_perplexity, {}),
+}
+
+
+# ------------------------------------------------------------------------------------------------------- running them
+
+
+def evaluate(
+    run: Run, names: Sequence[str], *, again: bool = False, say: Callable[[str], None] = print
+) -> list[metrics.Result]:
+    """Runs the suites in this order; returns the rows that were appended to results.jsonl.
+
+    again: also those that are there. say: gets a line for each suite.
+
+    Errors: UserError for an unknown suite, before anything runs, and whatever a suite refuses.
+    """
+    for name in names:
+        if name not in SUITES:
+            raise UserError(f"suite {name!r} is not known: choose from {', '.join(SUITES)}")
+    appended: list[metrics.Result] = []
+    for name in dict.fromkeys(names):
+        suite = SUITES[name]
+        stamp = _stamp(run, suite.settings)
+        if not again and _is_there(run, name, stamp):
+            say(f"{name}: there already for step {run.step:,}")
+            continue
+        began = time.perf_counter()
+        outcome = suite.function(run, suite.settings)
+        rows = [_row(run, name, row) for row in outcome.rows]
+        for file, value in outcome.files.items():
+            metrics.write_atomically(run.workdir / file, json.dumps(value, indent=1) + "\n")
+        metrics.append_results(run.workdir, rows)
+        _note(run, name, stamp)
+        appended += rows
+        missing = outcome.files.get(SENSES, {}).get("reason")
+        seconds = time.perf_counter() - began
+        say(f"{name}: step {run.step:,}, {len(rows)} rows in {seconds:.1f} s" + (f" ({missing})" if missing else ""))
+    return appended
+
+
+def _row(run: Run, suite: str, row: Mapping) -> metrics.Result:
+    values = {key: value for key, value in row.items() if key != "suite"}
+    name = run.facts.get("name") or run.workdir.absolute().name
+    return metrics.Result(run=name, step=run.step, suite=suite, pretrain_seed=run.config.seed, head_seed=None, **values)
+
+
+def _stamp(run: Run, settings: Any) -> dict:
+    """What rows of a suite depend on beside the checkpoint; comes back from JSON as it was."""
+    settings = dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else dict(settings)
+    evaluation = {"eval": run.config.eval.to_dict()}
+    stamp = {"version": VERSION, "corpus": run.corpus.meta["fingerprint"], "settings": settings, **evaluation}
+    return json.loads(json.dumps(stamp))
+
+
+def _noted(run: Run) -> dict:
+    path = run.workdir / EVALUATIONS
+    try:
+        return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    except ValueError:
+        return {}  # a file that only saves time
+
+
+def _is_there(run: Run, name: str, stamp: dict) -> bool:
+    if _noted(run).get(f"{name}@{run.step}") != stamp:
+        return False
+    if not all(
+        (run.workdir / file).exists() for file in {"samples": (SAMPLES,), "pseudo_words": (SENSES,)}.get(name, ())
+    ):
+        return False
+    there = {row.suite for row in metrics.read_results(run.workdir) if row.step == run.step}
+    return name in there or name == "pseudo_words"
+
+
+def _note(run: Run, name: str, stamp: dict) -> None:
+    noted = _noted(run) | {f"{name}@{run.step}": stamp}
+    metrics.write_atomically(run.workdir / EVALUATIONS, json.dumps(noted, indent=1) + "\n")

@@ -1,0 +1,33 @@
+"""Evaluates a checkpoint: n-gram baselines, samples, senses by pseudo-words, perplexity; rows in its results.jsonl.
+
+    python -m plm.evaluate --model=SRC[@STEP] [--suite=ngrams,samples,pseudo_words,perplexity] [--again]
+
+A suite that is there already for that step and settings is passed over. SRC is the workdir of a run.
+"""
+
+import sys
+
+from absl import flags
+
+from plm import command
+from plm.errors import UserError
+
+DEFAULT = "ngrams,samples,pseudo_words"
+
+
+def main() -> None:
+    values = flags.FLAGS
+    names = [name.strip() for name in values.suite.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"--suite={values.suite!r} names no suite: for example {DEFAULT}")
+    from plm.analysis import suites  # imports JAX: --help and bad flags answer at once
+
+    run = suites.Run(values.model)
+    suites.evaluate(run, names, again=values.again, say=lambda line: print(line, file=sys.stderr, flush=True))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("model", None, "the run: its workdir, with @STEP for another checkpoint than the newest")
+    flags.DEFINE_string("suite", DEFAULT, "what to measure, in this order: ngrams, samples, pseudo_words, perplexity")
+    flags.DEFINE_bool("again", False, "measures again what is there already")
+    command.run(main, required=("model",))

@@ -210,3 +210,21 @@ def test_too_long_a_sequence_is_refused():
     graph = toy_graph("transformer", "forward")
     with pytest.raises(UserError, match="33 tokens is longer than model.max_positions=32"):
         graph.bind(graph.init(jax.random.key(0)))({"tokens": jnp.zeros((1, 33), jnp.int32)}, {})
+
+
+def test_encoding_each_distinct_word_once_changes_nothing():
+    characters = {"dim": 4, "filters": ((1, 8), (2, 8)), "highways": 1, "activation": "relu"}
+    graph = toy_graph("lstm", "both", input="characters", tied=False, characters=characters)
+    params = graph.init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    words = rng.integers(1, 262, (5, 50)).astype(np.int32)
+    places = rng.integers(0, 5, (2, 4, 6)).astype(np.int32)
+    by_token = {"characters": words[places[0]], "characters_backward": words[places[1]]}
+    by_word = {"words": places[0], "words_backward": places[1], "shared": {"words": words}}
+
+    def run(params, batch):
+        outputs, _ = graph.bind(params)(batch, {})
+        return sum(jnp.sum(jnp.sin(x)) for x in outputs.values())
+
+    wanted, got = (jax.jit(jax.value_and_grad(run))(params, batch) for batch in (by_token, by_word))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), wanted, got)

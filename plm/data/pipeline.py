@@ -1,7 +1,7 @@
 """batch = f(seed, step): rows of a layout, fields of the objectives, placed on the devices that hold them."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import jax
@@ -12,9 +12,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from plm.data import sources, store, tokenizers
 from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
+from plm.models.char_cnn import MAX_CHARACTERS
 from plm.randomness import stable_hash
 
 ROWS = PartitionSpec(("data", "fsdp"))
+# Inputs of a layout, and what they become for a model that reads characters: spelled out, or as places in shared/words.
+_INPUTS = {"tokens": ("characters", "words"), "tokens_backward": ("characters_backward", "words_backward")}
+
+
+def _declared_size(words: int, tokens: int) -> int:
+    """Rows of `shared/words`: an eighth, a quarter, half or all of the batch's tokens, so that few shapes compile."""
+    return next(size for size in (-(-tokens // part) for part in (8, 4, 2, 1)) if size >= words)
 
 
 class Batches:
@@ -22,35 +30,68 @@ class Batches:
 
     layout: gives rows (`plm.data.pretrain`); objectives: add fields to them; draw: (step, rows) -> the named random
     numbers of these rows; characters: ids -> uint16 [..., 50] for a model that reads characters, else None;
-    target_id: closes the vocabulary of inputs that are looked up in a table; host_only: names not sent to devices.
+    distinct_words: spell each distinct word of the global batch once (`shared/words`), not every token; target_id:
+    closes the vocabulary of inputs that are looked up in a table; host_only: names not sent to devices.
     """
 
-    def __init__(self, layout, objectives: Sequence, *, batch_size, draw, mesh, characters, target_id, host_only):
+    def __init__(
+        self,
+        layout,
+        objectives: Sequence,
+        *,
+        batch_size: int,
+        draw: Callable,
+        mesh: jax.sharding.Mesh,
+        characters: Callable | None,
+        distinct_words: bool,
+        target_id: Callable,
+        host_only: Sequence[str],
+    ):
         self.layout, self.objectives, self.batch_size, self.draw = layout, objectives, batch_size, draw
-        self.characters, self.target_id, self.host_only = characters, target_id, host_only
+        self.characters, self.distinct_words = characters, distinct_words
+        self.target_id, self.host_only = target_id, host_only
         self.row_sharding = NamedSharding(mesh, ROWS)
         self.replicated = NamedSharding(mesh, PartitionSpec())
         held = self.row_sharding.addressable_devices_indices_map((batch_size,)).values()
         spans = [index[0].indices(batch_size)[:2] for index in held]
         self.first, self.last = min(s for s, _ in spans), max(e for _, e in spans)
 
-    def local(self, step: int) -> dict:
-        """This process's rows of the batch of `step`, NumPy arrays rows first; `shared` holds what has no rows."""
-        rows = range(self.first, self.last)
+    def _rows(self, step: int, rows: range) -> dict:
+        """Rows of the layout with the fields of all objectives."""
         batch = dict(self.layout.rows(step, rows))
         draw = self.draw(step, rows)
         for objective in self.objectives:
             batch |= objective.fields(batch, draw)
-        for name in ("tokens", "tokens_backward"):
-            if name not in batch:
-                continue
-            if self.characters is None:
-                batch[name] = self.target_id(batch[name]).astype(np.int32)
-            else:
-                # ELMo's convention: ids shifted by one, so that 0 means "no token here".
-                batch[name.replace("tokens", "characters")] = self.characters(batch.pop(name)).astype(np.int32) + 1
         batch["row"] = np.arange(rows.start, rows.stop, dtype=np.int32)
         return {name: array for name, array in batch.items() if name not in self.host_only}
+
+    def local(self, step: int) -> dict:
+        """This process's rows of the batch of `step`, NumPy arrays rows first; `shared` holds what has no rows."""
+        if self.characters is None:
+            batch = self._rows(step, range(self.first, self.last))
+            for name in _INPUTS.keys() & batch.keys():
+                batch[name] = self.target_id(batch[name]).astype(np.int32)
+            return batch
+        if not self.distinct_words:
+            batch = self._rows(step, range(self.first, self.last))
+            for name in _INPUTS.keys() & batch.keys():
+                batch[_INPUTS[name][0]] = self._spell(batch.pop(name))
+            return batch
+        # Every process needs the words of all rows: ids are cheap, their characters are not.
+        batch = self._rows(step, range(self.batch_size))
+        inputs = [name for name in _INPUTS if name in batch]
+        tokens = np.stack([batch.pop(name) for name in inputs])
+        words, index = np.unique(tokens, return_inverse=True)
+        index = index.reshape(tokens.shape).astype(np.int32)
+        spelled = np.zeros((_declared_size(len(words), tokens.size), MAX_CHARACTERS), np.int32)
+        spelled[: len(words)] = self._spell(words)
+        shared = batch.pop("shared", {}) | {"words": spelled}
+        batch |= {_INPUTS[name][1]: index[i] for i, name in enumerate(inputs)}
+        return {name: array[self.first : self.last] for name, array in batch.items()} | {"shared": shared}
+
+    def _spell(self, ids: np.ndarray) -> np.ndarray:
+        """ELMo's character ids, shifted by one so that 0 means "no token here"."""
+        return self.characters(ids).astype(np.int32) + 1
 
     def place(self, batch: dict) -> dict:
         """Host arrays -> global arrays: rows over (data, fsdp), `shared` on every device."""

@@ -31,7 +31,6 @@ def forward_flops(graph: ModelGraph, config, vocabulary_size: int, predictions: 
     if model.architecture == "transformer":
         total += 4.0 * T * T * model.width * model.layers * towers
     vocabulary_heads = sum(name != "next_sentence" for name in config.objectives)
-    vocabulary_heads = sum(name != "next_sentence" for name in config.objectives)
     return total + 2.0 * vocabulary_size * model.width * predictions * towers * vocabulary_heads
 
 

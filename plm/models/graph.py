@@ -40,11 +40,16 @@ class ModelGraph:
 
     make(rngs) builds the module. It is called under `jax.eval_shape` to describe it and, in `init`, inside `jax.jit`,
     so parameters come to life on the devices that `shardings` name and nowhere else.
+
+    sharding_rules: further rows of the sharding table, (regex, PartitionSpec of one layer), that the module brings as
+    an attribute of this name (`plm.training.sharding.RULES`).
     """
 
     def __init__(self, make: Callable[[nnx.Rngs], nnx.Module]):
         self._make = make
-        self._definition, self._abstract = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+        module = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+        self.sharding_rules = tuple(getattr(module, "sharding_rules", ()))
+        self._definition, self._abstract = nnx.split(module)
         self._keys = [path for path, _ in nnx.to_flat_state(self._abstract)]
         self.paths = ["/".join(str(part) for part in path) for path in self._keys]
         self.parameters = []
@@ -106,7 +111,8 @@ def build(config, vocabulary_size: int, objectives: tuple[str, ...], dtype: jnp.
     """The model that `config.model` describes, as a `ModelGraph`.
 
     A user's own model is `model.name='module:function'`: function(config, vocabulary_size, objectives, dtype=, rngs=)
-    returns an nnx module with the call of `LanguageModel`, `initial_carry` and `heads`.
+    returns an nnx module with the call of `LanguageModel`, `initial_carry` and `heads`. Parameters whose names have no
+    row in the sharding table need one in the module's attribute `sharding_rules`.
     """
     from plm.models.language_model import LanguageModel
 

@@ -18,7 +18,7 @@ from flax import nnx
 from plm.errors import UserError
 from plm.models.char_cnn import CharacterEncoder
 from plm.models.heads import NextSentenceHead, VocabularyHead
-from plm.models.layers import LayerNorm, Noise, Stack, Table, dropout, dropout_parameter
+from plm.models.layers import LayerNorm, Noise, Stack, Table, constrain_rows, dropout, dropout_parameter
 from plm.models.lstm import LstmBlock, reverse_within
 from plm.models.transformer import TransformerBlock, attention_mask
 
@@ -47,10 +47,19 @@ class Embedding(nnx.Module):
             return None
         return dropout_parameter(self.tokens.table[...], self.rate, noise, "embedding/tokens")
 
-    def __call__(self, tokens, characters, segments, noise: Noise | None, table: jax.Array | None, name: str):
-        """[B, T] ids (or [B, T, 50] characters) -> [B, T, width]; `name` keeps the noise of two towers apart."""
-        if self.input == "characters":
-            x = self.characters(characters)
+    def word_vectors(self, batch: dict) -> jax.Array | None:
+        """[U, width]: each distinct word of the batch encoded once, if the batch lists them."""
+        words = batch.get("shared", {}).get("words")
+        return None if words is None else constrain_rows(self.characters(constrain_rows(words)))
+
+    def __call__(self, tokens, segments, noise: Noise | None, table: jax.Array | None, name: str):
+        """-> [B, T, width]; `name` keeps the noise of two towers apart.
+
+        tokens: ids [B, T]; characters [B, T, 50]; or, with `table`, rows of it: the distinct words' vectors, or GPT's
+        dropped matrix.
+        """
+        if self.input == "characters" and table is None:
+            x = self.characters(tokens)
         elif table is not None:
             x = jnp.take(table, tokens, axis=0, mode="clip").astype(self.dtype)
         else:
@@ -70,9 +79,9 @@ class Embedding(nnx.Module):
 class LanguageModel(nnx.Module):
     """`outputs, carry = model(batch, carry, key=None, layers=False)`; no key, no dropout.
 
-    Reads from the batch (rows first): tokens [B, T] or characters [B, T, 50]; optional length [B], segments [B, T],
-    row [B] (global row, for the noise); with two towers optionally tokens_backward / characters_backward, the backward
-    stream in its own reading order, else the tokens reversed within their length.
+    Reads from the batch (rows first): tokens [B, T], characters [B, T, 50] or words [B, T] (places in shared/words);
+    optional length [B], segments [B, T], row [B] (global row, for the noise); with two towers optionally the inputs
+    with `_backward`, the backward stream in its own reading order, else the tokens reversed within their length.
 
     Outputs: `hidden` [B, T, W] (direction forward or full), or `forward` and `backward` [B, T, W] (two towers).
     `backward` is in the reading order of the backward stream if the batch gave one, else aligned with the tokens.
@@ -159,19 +168,24 @@ class LanguageModel(nnx.Module):
         y = dropout(y, self.output_dropout, noise, "lstm/output")
         return y, None if new is None else jax.tree.map(lambda s: jnp.swapaxes(s, 0, 1), new), outputs
 
+    @staticmethod
+    def _inputs(batch: dict, suffix: str) -> jax.Array | None:
+        """Ids, characters or places of words, whichever the batch has."""
+        names = (f"{name}{suffix}" for name in ("tokens", "characters", "words"))
+        return next((batch[name] for name in names if name in batch), None)
+
     def __call__(self, batch: dict, carry: dict, key: jax.Array | None = None, layers: bool = False):
-        tokens, length = batch.get("tokens"), batch.get("length")
-        characters, segments = batch.get("characters"), batch.get("segments")
-        source = tokens if tokens is not None else characters
-        B, T = source.shape[:2]
+        inputs, length, segments = self._inputs(batch, ""), batch.get("length"), batch.get("segments")
+        B, T = inputs.shape[:2]
         if self.max_positions and self.max_positions < T:
             raise UserError(f"a sequence of {T} tokens is longer than model.max_positions={self.max_positions}")
         noise = None if key is None else Noise(key, batch.get("row", jnp.arange(B)))
         forward_noise = None if noise is None else noise.named("forward")
         table = self.embedding.dropped_table(noise)
+        rows = self.embedding.word_vectors(batch) if table is None else table
         outputs, new_carry = {}, {}
 
-        x = self.embedding(tokens, characters, segments, noise, table, "forward")
+        x = self.embedding(inputs, segments, noise, rows, "forward")
         y, state, by_layer = self._tower(self.blocks, x, carry.get("forward"), forward_noise, length, layers)
         if layers:
             by_layer = jnp.concatenate([x[None], by_layer])
@@ -180,16 +194,13 @@ class LanguageModel(nnx.Module):
         if self.direction != "both":
             outputs["hidden"] = y
         else:
-            own = "tokens_backward" in batch or "characters_backward" in batch
+            own = self._inputs(batch, "_backward") is not None
             if own:
-                tokens_b, characters_b = batch.get("tokens_backward"), batch.get("characters_backward")
-                segments_b = None
+                inputs_b, segments_b = self._inputs(batch, "_backward"), None
             else:
-                tokens_b, characters_b, segments_b = (
-                    None if a is None else reverse_within(a, length) for a in (tokens, characters, segments)
-                )
+                inputs_b, segments_b = (None if a is None else reverse_within(a, length) for a in (inputs, segments))
             backward_noise = None if noise is None else noise.named("backward")
-            x_b = self.embedding(tokens_b, characters_b, segments_b, noise, table, "backward")
+            x_b = self.embedding(inputs_b, segments_b, noise, rows, "backward")
             y_b, state, by_layer_b = self._tower(
                 self.backward_blocks, x_b, carry.get("backward"), backward_noise, length, layers
             )

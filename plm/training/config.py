@@ -196,7 +196,7 @@ OBJECTIVE_DIRECTIONS = {
 # (key, default, rule, what it means); None as a default means "not given".
 KEYS: tuple[tuple[str, Any, Rule, str], ...] = (
     ("seed", 0, whole(0), "the seed of everything that has none of its own"),
-    ("seeds.init", None, whole(0, or_none=True), "of the parameters' initial values; none = seed"),
+    ("seeds.init", None, whole(0, or_none=True), "of the initial parameters and of dropout; none = seed"),
     ("seeds.data", None, whole(0, or_none=True), "of order, offsets, pairs, masks and negatives; none = seed"),
     ("batch_size", 32, whole(1), "rows of the global batch, over all devices and microbatches"),
     ("seq_len", 128, whole(2), "tokens in a row"),

@@ -57,6 +57,8 @@ def make_batches(config, corpus: Corpus, mode: str, mesh) -> Batches:
         draw=lambda step, rows: Draw(seed, step, rows, mode),
         mesh=mesh,
         characters=split.character_rows if config.model.get("input") == "characters" else None,
+        # Shared by a batch, words would be encoded anew for each microbatch.
+        distinct_words=config.microbatches == 1 or evaluation,
         target_id=corpus.tokenizer.target_id,
         host_only=HOST_ONLY,
     )

@@ -19,11 +19,13 @@ All arrays of a batch (rows first; B rows, T positions, P predictions; int32 unl
 | example | [B] int64 | layout | id of the example, the same in every epoch (not sent) |
 | row | [B] | pipeline | global row, for the noise |
 | characters, characters_backward | [B, T, 50] | pipeline | ELMo's ids of the inputs, shifted by one, 0 = none |
+| words, words_backward | [B, T] | pipeline | instead of characters: places of the inputs in shared/words |
 | causal_targets, causal_weights | [B, T], float32 [B, T] | causal | |
 | bidirectional_targets, ..._weights, and ..._backward_... | [B, T], float32 [B, T] | bidirectional | |
 | masked_positions, masked_targets, masked_weights | [B, P], float32 weights | masked | unused slots: weight 0 |
 | next_sentence_weights | float32 [B] | next_sentence | 0 on rows that only pad a batch |
 | causal_bytes, bidirectional_bytes, ..._backward_bytes | float32 [B] | objective | text of the targets, if lossless |
+| shared/words | [U, 50] | pipeline | characters of the batch's distinct inputs; U is one of four declared sizes |
 | shared/negatives, shared/tries | [K], [] | bidirectional | no rows: never split |
 
 Model outputs: see `plm.models.language_model.LanguageModel`.

@@ -116,7 +116,7 @@ def make_train_step(
                 accumulate, zeros, (rows, _strided(state.carry, microbatches))
             )
             carry = _unstrided(carry)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         updates, opt = optimizer.update(gradients, state.opt, state.params)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         params, opt, carry = jax.tree.map(

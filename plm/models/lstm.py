@@ -102,14 +102,13 @@ def _recurrence_backward(clips, kept, cotangents):
         step, (d_c_last, d_m_last), (d_out, z, c_before, out, valid), reverse=True
     )
 
-    def over_all_times(pattern, a, b, like):
-        flat = (x.reshape(-1, *x.shape[2:]).astype(like.dtype) for x in (a, b))
-        return jnp.einsum(pattern, *flat, preferred_element_type=jnp.float32).astype(like.dtype)
+    def over_all_times(a, b):
+        a, b = (x.reshape(-1, x.shape[-1]).astype(recurrent.dtype) for x in (a, b))
+        return jnp.einsum("na,nb->ab", a, b, preferred_element_type=jnp.float32).astype(recurrent.dtype)
 
-    d_recurrent = over_all_times("np,ngc->pgc", m_before, d_z, recurrent)
-    d_projection = None
-    if projection is not None:
-        d_projection = over_all_times("nc,np->cp", *h_and_d_new, projection)
+    # Gate by gate: XLA's CPU backend has no bfloat16 product whose result has three axes.
+    d_recurrent = jnp.stack([over_all_times(m_before, d_z[:, :, gate]) for gate in range(4)], axis=1)
+    d_projection = None if projection is None else over_all_times(*h_and_d_new)
     return d_z.astype(z.dtype), d_recurrent, d_projection, d_c, d_m, None
 
 

@@ -127,8 +127,8 @@ class Model:
     params: dict
     step: int
     source: str
-    # (name, static arguments) -> jitted function; shared by copies with other parameters.
-    _programs: dict = dataclasses.field(default_factory=dict, repr=False)
+    # What does not depend on the parameters' values, compiled programs above all: copies with other ones share it.
+    _shared: dict = dataclasses.field(default_factory=dict, repr=False)
 
     # ------------------------------------------------------------------------------------------------ what it is
 
@@ -155,19 +155,14 @@ class Model:
             return (roles["bos"],), (roles["eos"],)
         return (), ()
 
-    @functools.cached_property
-    def _layers_and_features(self) -> tuple[int, int]:
-        shapes = jax.eval_shape(
-            lambda params, batch: self.graph.bind(params)(batch, {}, layers=True)[0]["layers"],
-            self.params,
-            self._batch([list(self.frame[0]) or [0]], 1, SHORTEST, []),
-        )
-        return shapes.shape[0], shapes.shape[-1]
-
     @property
     def n_layers(self) -> int:
         """Layers that `embed` can return; 0 is the embedding."""
-        return self._layers_and_features[0]
+        if "n_layers" not in self._shared:
+            batch = self._batch([[0]], 1, SHORTEST, [])
+            layers = jax.eval_shape(lambda p: self.graph.bind(p)(batch, {}, layers=True)[0]["layers"], self.params)
+            self._shared["n_layers"] = layers.shape[0]
+        return self._shared["n_layers"]
 
     def initial(self) -> "Model":
         """This model before training; compiled programs are shared."""
@@ -356,9 +351,9 @@ class Model:
 
     def _program(self, name: str, make: Callable, **static) -> Callable:
         key = (name, *sorted(static.items()))
-        if key not in self._programs:
-            self._programs[key] = jax.jit(make(self.graph, **static))
-        return self._programs[key]
+        if key not in self._shared:
+            self._shared[key] = jax.jit(make(self.graph, **static))
+        return self._shared[key]
 
     # -------------------------------------------------------------------------------------------------- generate
 

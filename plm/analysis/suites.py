@@ -29,7 +29,7 @@ from plm.loading import Model, load, read_run, split_source
 from plm.models.graph import build
 from plm.randomness import stable_hash
 from plm.training import metrics, sharding
-from plm.training.loop import Evaluator, _carries, compute_dtype, make_batches
+from plm.training.loop import Evaluator, carries, compute_dtype, make_batches
 from plm.training.objectives import make_objectives
 
 EVALUATIONS, SAMPLES, SENSES = "evaluations.json", "samples.json", "senses.json"
@@ -147,7 +147,7 @@ def evaluate_perplexity(run: Run, settings: Mapping) -> Outcome:
     graph = build(config, run.tokenizer.size, tuple(config.objectives), compute_dtype(config))
     with jax.set_mesh(mesh):
         batches = make_batches(config, corpus, "eval", mesh)
-        carried = _carries(config, batches.layout)
+        carried = carries(config, batches.layout)
         evaluator = Evaluator(graph, batches, objectives, coefficients, config.eval.batches, carried)
         values = evaluator(jax.device_put(run.model.params, jax.NamedSharding(mesh, jax.P())))
     rows = [

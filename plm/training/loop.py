@@ -69,7 +69,7 @@ def compute_dtype(config) -> jnp.dtype:
     return jnp.bfloat16 if config.precision.compute == "bfloat16" else jnp.float32
 
 
-def _carries(config, layout) -> bool:
+def carries(config, layout) -> bool:
     """Whether row i of a batch continues row i of the batch before; a layout from outside says so itself."""
     return config.data.layout in CARRIED_LAYOUTS or bool(getattr(layout, "continues_rows", False))
 
@@ -144,7 +144,8 @@ def _start(config, corpus: Corpus, fresh, like, saved: checkpoint.Checkpoints, s
     restored = saved.restore_latest(like)
     if restored is not None:
         state, step = restored
-        say(f"resuming after step {step} of {config.total_steps}")
+        if step < config.total_steps:
+            say(f"resuming after step {step} of {config.total_steps}")
         return state
     source = config.init["from"]
     if not source:
@@ -213,7 +214,7 @@ def train(config, workdir: epath.PathLike) -> dict[str, float]:
     names = tuple(objective.name for objective in objectives)
     graph = build(config, corpus.tokenizer.size, names, compute_dtype(config))
     tx = optimizer.make_optimizer(config.optimizer, graph.shapes(), config.optimizer.schedule_steps)
-    carried = _carries(config, batches.layout)
+    carried = carries(config, batches.layout)
     with jax.set_mesh(mesh):
         fresh, like, messages = _state_and_shardings(config, graph, tx, mesh, carried)
         for message in messages:

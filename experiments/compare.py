@@ -55,7 +55,7 @@ class Budget:
         return self.transformer_layers * transformer_layer(self.width, 4 * self.width)
 
 
-TINY_STEPS = 450
+TINY_STEPS = 900
 BUDGETS = {
     "tiny": Budget(
         width=128,
@@ -63,10 +63,10 @@ BUDGETS = {
         transformer_layers=2,
         lstm_layers=2,
         batch_size=16,
-        seq_len=128,
+        seq_len=64,
         duration={"total_steps": TINY_STEPS},
-        peak_lr={"transformer": 2e-3, "lstm": 4e-3},
-        warmup_steps=40,
+        peak_lr={"transformer": 3e-3, "lstm": 4e-3},
+        warmup_steps=80,
         vocab=4096,
         filters=((1, 32), (2, 32), (3, 64), (4, 64)),
         init="fan_in",

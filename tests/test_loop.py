@@ -18,8 +18,8 @@ from fixtures import children, corpus
 from fixtures.children import RUNS
 
 from plm.errors import UserError
+from plm.training import checkpoint, loop
 from plm.training import config as configs
-from plm.training import loop
 from plm.training.metrics import read_metrics, read_results
 
 DEVICES = 8

@@ -9,7 +9,7 @@ import sys
 
 from absl import flags
 
-from plm import command
+from plm import command, host
 from plm.errors import UserError
 
 DEFAULT = "ngrams,samples,pseudo_words"
@@ -20,6 +20,8 @@ def main() -> None:
     names = [name.strip() for name in values.suite.split(",") if name.strip()]
     if not names:
         raise UserError(f"--suite={values.suite!r} names no suite: for example {DEFAULT}")
+    host.keep_memory()
+    host.keep_programs()
     from plm.analysis import suites  # imports JAX: --help and bad flags answer at once
 
     run = suites.Run(values.model)

@@ -10,7 +10,7 @@ import os
 
 from absl import flags
 
-from plm import command
+from plm import command, host
 from plm.errors import UserError
 from plm.training import config as configs
 
@@ -35,9 +35,11 @@ def join_processes(address: str, count: int, index: int) -> None:
 
 
 def main(config_flags: configs.ConfigFlags) -> None:
+    host.keep_memory()
     config = config_flags.load()
     values = flags.FLAGS
     join_processes(values.coordinator_address, values.num_processes, values.process_id)
+    host.keep_programs()
     from plm.training.loop import train
 
     train(config, values.workdir)

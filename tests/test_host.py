@@ -1,0 +1,57 @@
+"""A second start finds its compiled programs; memory that a step frees is not cleared again by the kernel."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+STEP = """
+import json, resource, sys
+from plm import host
+kept = host.keep_memory() if sys.argv[1] == "kept" else None
+import jax, jax.monitoring
+seen = []
+jax.monitoring.register_event_listener(lambda name, **_: seen.append(name))
+host.keep_programs()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+step = jax.jit(lambda x: jax.lax.scan(lambda y, _: ((y @ y.T) @ y / 1e6, (y @ y.T).sum()), x, None, length=4))
+x = jax.numpy.ones((1500, 1500))
+def faults():
+    jax.block_until_ready(step(x))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+faults(), faults()
+hits = sum(name.endswith("compilation_cache/cache_hits") for name in seen)
+print(json.dumps({"hits": hits, "kept": kept, "faults": -faults() + faults(),
+                  "folder": jax.config.jax_compilation_cache_dir}))
+"""
+
+
+def start(tmp_path, memory: str, **environment: str) -> dict:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "MALLOC_", "GLIBC_"))}
+    run = subprocess.run(
+        [sys.executable, "-c", STEP, memory],
+        env=clean | {"JAX_PLATFORMS": "cpu", "PLM_CACHE": str(tmp_path)} | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(run.stdout)
+
+
+def test_the_second_start_finds_its_programs_and_keeps_its_memory(tmp_path):
+    first = start(tmp_path, "given back")
+    second = start(tmp_path, "kept")
+    assert first["hits"] == 0
+    assert second["hits"] > 0
+    if not second["kept"]:
+        pytest.skip("this C library does not let a process keep its memory")
+    # One matrix of the step is 2,197 pages.
+    assert first["faults"] > 2000
+    assert second["faults"] < 200
+
+
+def test_a_folder_that_the_user_chose_stays(tmp_path):
+    chosen = str(tmp_path / "chosen")
+    assert start(tmp_path, "kept", JAX_COMPILATION_CACHE_DIR=chosen)["folder"] == chosen

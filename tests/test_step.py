@@ -157,7 +157,7 @@ PLAIN = optax.sgd(1.0, momentum=0.5)
 
 
 def assert_microbatches_are_the_batch(cell, batches, **options):
-    """Measured: losses agree to 5e-7, parameters after three steps of learning rate 1 to 3e-6."""
+    """Measured: metrics agree to 2.2e-7, parameters, momenta and carry after three steps to 2.2e-6 (rates of 1)."""
     whole, expected = run(train_step(cell, PLAIN, noise=True, **options), first_state(cell, PLAIN, noise=True), batches)
     parts = train_step(cell, PLAIN, noise=True, microbatches=4, **options)
     got_state, got = run(parts, first_state(cell, PLAIN, noise=True), batches)
@@ -172,7 +172,14 @@ def assert_microbatches_are_the_batch(cell, batches, **options):
     assert parts._cache_size() == 1
 
 
-@cells
+# What a cell adds: GPT's dropped matrix, shared negatives, carried states. The rest is in `make test-full`.
+FAST = (("transformer", "forward"), ("transformer", "both"), ("lstm", "both"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "direction"),
+    [pytest.param(*cell, marks=() if cell in FAST else pytest.mark.slow) for cell in CELLS],
+)
 def test_microbatches_are_the_full_batch(architecture, direction):
     cell = (architecture, direction)
     options, extra = {}, {}

@@ -220,7 +220,7 @@ class Model:
     def tokenize(self, texts: Sequence[Text]) -> list[list[str]]:
         """The pieces of each text, one for every vector of `units="subwords"`."""
         before, after = map(len, self.frame)
-        read = self._read(texts, "subwords")
+        read = self._read(texts, "subwords", any_length=True)
         return [self.tokenizer.pieces(ids[before : len(ids) - after]) for ids in read.ids]
 
     def _layers(self, layers) -> tuple[tuple[int, ...], bool]:
@@ -236,7 +236,7 @@ class Model:
                 raise UserError(f"layers={layers!r}: {layer!r} must be a number from {-n} to {n - 1}, or say 'all'")
         return tuple(int(layer) % n for layer in wanted), several
 
-    def _read(self, texts: Sequence[Text], units: str) -> _Read:
+    def _read(self, texts: Sequence[Text], units: str, *, any_length: bool = False) -> _Read:
         if isinstance(texts, str):
             raise UserError("texts must be a list: strings, or lists of words; for one text give [text]")
         before, after = (list(part) for part in self.frame)
@@ -259,7 +259,7 @@ class Model:
             starts = np.concatenate([[len(before)], ends[:-1]])[: len(ends)]
             ids.append([*before, *flat, *after])
             spans.append(np.stack([starts, ends], axis=1).astype(np.int64))
-        if self.longest is not None:
+        if self.longest is not None and not any_length:
             for index, text_ids in enumerate(ids):
                 if len(text_ids) > self.longest:
                     raise UserError(

@@ -223,6 +223,7 @@ def evaluate_pseudo_words(run: Run, settings: pseudo_words.Settings) -> Outcome:
         def embed(sentences: list[list[str]], targets: list[int]) -> dict[str, np.ndarray]:
             found: list = [None] * len(sentences)
             done = 0
+            sentences, targets = _fitting(model, sentences, targets)
             texts = [" ".join(words) for words in sentences]
             for index, vectors in model.embed_each(texts, "all", "words"):
                 found[index] = vectors[:, targets[index]]
@@ -240,6 +241,22 @@ def evaluate_pseudo_words(run: Run, settings: pseudo_words.Settings) -> Outcome:
     )
     bar.close()
     return Outcome([row | {"predictions": SENSES} for row in rows], {SENSES: {"step": run.step, **record}})
+
+
+def _fitting(model: Model, sentences: Sequence[list[str]], targets: Sequence[int]) -> tuple[list[list[str]], list[int]]:
+    """Sentences that the model can read whole: of a longer one, the words that are farthest from the target go."""
+    if model.longest is None:
+        return list(sentences), list(targets)
+    room = model.longest - sum(map(len, model.frame))
+    lengths = [len(pieces) for pieces in model.tokenize([" ".join(words) for words in sentences])]
+    kept = []
+    for words, target, length in zip(sentences, targets, lengths, strict=True):
+        while length > room and len(words) > 1:
+            from_start = target > len(words) - 1 - target
+            words, target = (words[1:], target - 1) if from_start else (words[:-1], target)
+            length = len(model.tokenize([" ".join(words)])[0])
+        kept.append((words, target))
+    return [words for words, _ in kept], [target for _, target in kept]
 
 
 def _layer_name(layer: int) -> str:

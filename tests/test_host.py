@@ -16,14 +16,14 @@ seen = []
 jax.monitoring.register_event_listener(lambda name, **_: seen.append(name))
 host.keep_programs()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-step = jax.jit(lambda x: jax.lax.scan(lambda y, _: ((y @ y.T) @ y / 1e6, (y @ y.T).sum()), x, None, length=4))
-x = jax.numpy.ones((1500, 1500))
+step = jax.jit(lambda a, x: a @ jax.numpy.tanh(a @ x))
+a, x = jax.numpy.ones((4, 4)), jax.numpy.ones((4, 3_000_000))
 def faults():
-    jax.block_until_ready(step(x))
+    jax.block_until_ready(step(a, x))
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-faults(), faults()
+counts = [faults() for _ in range(60)]
 hits = sum(name.endswith("compilation_cache/cache_hits") for name in seen)
-print(json.dumps({"hits": hits, "kept": kept, "faults": -faults() + faults(),
+print(json.dumps({"hits": hits, "kept": kept, "faults": sorted(b - a for a, b in zip(counts[-20:], counts[-19:]))[9],
                   "folder": jax.config.jax_compilation_cache_dir}))
 """
 
@@ -47,8 +47,8 @@ def test_the_second_start_finds_its_programs_and_keeps_its_memory(tmp_path):
     assert second["hits"] > 0
     if not second["kept"]:
         pytest.skip("this C library does not let a process keep its memory")
-    # One matrix of the step is 2,197 pages.
-    assert first["faults"] > 2000
+    # Page faults of the median step, after some in which the heap finds its size; one of its matrices is 11,719 pages.
+    assert first["faults"] > 10_000
     assert second["faults"] < 200
 
 

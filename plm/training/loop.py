@@ -233,6 +233,11 @@ def train(config, workdir: epath.PathLike) -> dict[str, float]:
             held_out = make_batches(config, corpus, "eval", mesh)
             scored, scored_coefficients = make_objectives(config, corpus.tokenizer, evaluation=True)
             evaluator = Evaluator(graph, held_out, scored, scored_coefficients, config.eval.batches, carried)
+        else:
+            record.say(
+                "no document is held out, so nothing will be evaluated: give data.valid_source, more documents or"
+                f" a larger data.valid_fraction than {config.data.valid_fraction:g}"
+            )
         with checkpoint.Checkpoints(
             workdir / checkpoint.FOLDER,
             keep=config.checkpoint.keep,

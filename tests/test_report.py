@@ -335,9 +335,9 @@ def test_hundreds_of_runs_take_seconds(tmp_path):
                 config["optimizer"]["peak_lr"] = number // 5
                 text = json.dumps(config)
             (folder / name).write_text(text)
-    start = time.perf_counter()
+    start = time.process_time()  # of this process: other work on the machine does not count
     text = page.html(page.prepare([found(tmp_path)]))
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 20
     assert len(text) < 12e6
 
 

@@ -184,15 +184,16 @@ def markdown(result: dict) -> str:
         "Share of products: the time that the step's matrix products would take at the speed of a 2048 x 2048 product"
         " timed in the same rounds, as a part of the step.",
         "",
-        "| our step | host ms (its own work) | compiles | share of products | GFLOP/s | temporaries MB | largest array | all logits MB"
-        " | first step s: cold, second start (cache hits) |",
+        "| our step | host ms (its own work) | compiles | share of products | GFLOP/s | temporaries MB | largest array"
+        " | all logits MB | first step s: cold, second start (cache hits) |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in result["models"].items():
         if "compiles" not in row:
             continue
         lines.append(
-            f"| {name} | {1e3 * row['host_seconds']:.2f} ({1e3 * row['host_work_seconds']:.2f}) | {row['compiles']} in {row['calls']} calls |"
+            f"| {name} | {1e3 * row['host_seconds']:.2f} ({1e3 * row['host_work_seconds']:.2f}) |"
+            f" {row['compiles']} in {row['calls']} calls |"
             f" {row['share_in_products']:.0%} | {row['achieved_gflops']:.1f} of {row['product_gflops']:.1f} |"
             f" {row['temporary_bytes'] / 1e6:.0f} | {row['largest_array']}, {row['largest_array_bytes'] / 1e6:.1f} MB |"
             f" {row['all_logits_bytes'] / 1e6:.1f} | {row['first_seconds']:.1f},"

@@ -3,11 +3,13 @@
     python -m launch.sweep --config=experiments/compare.py:tiny --root=runs/demo             # the demo: three models
     python -m launch.sweep --config=experiments/compare.py:tiny,cells=all --root=runs/cells  # all six cells
     python -m plm.train --config=experiments/compare.py:tiny,architecture=lstm,objective=masked --workdir=DIR
+    python -m launch.sweep --config=experiments/compare.py:laptop --config.data.source='text:...' --root=DIR
     python -m launch.sweep --config=experiments/compare.py:small,cells=all --config.data.source='text:...' --root=DIR
 
 | budget | body | text | hardware, time a point | expected |
 | --- | --- | --- | --- | --- |
 | tiny | 0.4M: 2 layers x 128 | embedded corpus | 2 CPU cores, 2 minutes | at least halfway from unigram to bigram |
+| laptop | 0.8M: 4 layers x 128 | 4M tokens, 14M read | 2 CPU cores, 20 to 45 minutes | past the trigram |
 | small | 14.2M: 8 layers x 384 | 15M tokens, 20 passes | one accelerator, minutes | not measured yet |
 
 `arm=controlled` (protocol.md 3) answers what the objective buys: one shared cased byte-level BPE without UNK, the
@@ -56,6 +58,7 @@ class Budget:
 
 
 TINY_STEPS = 900
+LAPTOP_STEPS = 7000
 BUDGETS = {
     "tiny": Budget(
         width=128,
@@ -71,6 +74,22 @@ BUDGETS = {
         filters=((1, 32), (2, 32), (3, 64), (4, 64)),
         init="fan_in",
         often=common.often(TINY_STEPS),
+        multiple=2,
+    ),
+    "laptop": Budget(
+        width=128,
+        heads=4,
+        transformer_layers=4,
+        lstm_layers=2,
+        batch_size=32,
+        seq_len=64,
+        duration={"total_steps": LAPTOP_STEPS},
+        peak_lr={"transformer": 2e-3, "lstm": 4e-3},
+        warmup_steps=200,
+        vocab=4096,
+        filters=((1, 32), (2, 32), (3, 64), (4, 64)),
+        init="fan_in",
+        often={"log.every_steps": 50, "eval.every_steps": 500, "checkpoint.every_steps": 1000},
         multiple=2,
     ),
     "small": Budget(
@@ -143,7 +162,7 @@ def read_arguments(text: str):
     """size=tiny|small, arm, architecture, objective, input, budget, state, model (native), cells (sweeps)."""
     given = configs.arguments(
         text,
-        size=("tiny", "small"),
+        size=tuple(BUDGETS),
         arm=("controlled", "native"),
         architecture=("transformer", "lstm"),
         objective=("causal", "bidirectional", "masked"),
@@ -161,7 +180,9 @@ def read_arguments(text: str):
                 f"config argument {min(wrong)!r} belongs to arm=controlled; arm=native has model=elmo|gpt|bert"
             )
         if given.size != "tiny":
-            raise UserError("config argument size='small' is for arm=controlled; arm=native is published at size=tiny")
+            raise UserError(
+                f"config argument size={given.size!r} is for arm=controlled; arm=native is published at size=tiny"
+            )
     elif given.model != "none":
         raise UserError(
             f"config argument model={given.model!r} belongs to arm=native; here it is architecture and objective"

@@ -32,7 +32,7 @@ PRESETS = {
     "compare": [
         *(f"{size},{cell}" for size in compare.BUDGETS for cell in CELLS),
         *(f"tiny,{cell},input=characters" for cell in CELLS),
-        *(f"{size},architecture=lstm,objective=bidirectional,input=characters" for size in ("small",)),
+        *(f"{size},architecture=lstm,objective=bidirectional,input=characters" for size in ("laptop", "small")),
         *(f"{size},{cell},budget=tower" for size in compare.BUDGETS for cell in CELLS if "bidirectional" in cell),
         "tiny,architecture=lstm,objective=causal,state=fresh",
         *(f"tiny,arm=native,model={model}" for model in ("elmo", "gpt", "bert")),
@@ -40,7 +40,8 @@ PRESETS = {
 }
 SPECS = [f"{name}.py:{arguments}" for name, presets in PRESETS.items() for arguments in presets]
 SWEEPS = [
-    f"compare.py:{arguments}" for arguments in ("tiny", "tiny,cells=all", "small", "small,cells=all", "tiny,arm=native")
+    *(f"compare.py:{size}{cells}" for size in compare.BUDGETS for cells in ("", ",cells=all")),
+    "compare.py:tiny,arm=native",
 ]
 
 

@@ -74,7 +74,8 @@ def _vocabulary_nll_forward(x_BxTxW, table_VxW, bias_V, targets_BxT, weights_BxT
         d_logits = (jnp.exp(logits - log_total[:, None]) - is_target) * weights[:, None]
         low = d_logits.astype(x.dtype)
         d_x = jnp.einsum("nv,vw->nw", low, table_VxW, preferred_element_type=jnp.float32).astype(x.dtype)
-        d_table = jnp.einsum("nv,nw->vw", low, x, preferred_element_type=jnp.float32)
+        # Width first: XLA's CPU product is twice as fast with the short side of its result in front (measured).
+        d_table = jnp.einsum("nw,nv->wv", x, low, preferred_element_type=jnp.float32)
         new = (nll, hits, d_table, jnp.sum(d_logits, axis=0))
         return (new if sums is None else jax.tree.map(jnp.add, sums, new)), d_x.reshape(B, T // n, -1)
 
@@ -82,10 +83,11 @@ def _vocabulary_nll_forward(x_BxTxW, table_VxW, bias_V, targets_BxT, weights_BxT
         (nll, hits, d_table, d_bias), d_x = body(None, 0)
     else:
         zero = jnp.zeros((), jnp.float32)
-        sums = (zero, zero, jnp.zeros(table_VxW.shape, jnp.float32), jnp.zeros(bias_V.shape, jnp.float32))
+        sums = (zero, zero, jnp.zeros(table_VxW.shape[::-1], jnp.float32), jnp.zeros(bias_V.shape, jnp.float32))
         (nll, hits, d_table, d_bias), d_x = jax.lax.scan(body, sums, jnp.arange(n))
         d_x = jnp.moveaxis(d_x, 0, 1).reshape(x_BxTxW.shape)
-    return (nll, hits), (d_x, d_table.astype(table_VxW.dtype), d_bias)
+    # Without the barrier the transposition would be folded into the product again.
+    return (nll, hits), (d_x, jax.lax.optimization_barrier(d_table).T.astype(table_VxW.dtype), d_bias)
 
 
 def _vocabulary_nll_backward(chunk, kept, cotangents):

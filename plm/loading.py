@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from plm import weights
 from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
 from plm.models.graph import ModelGraph, build
@@ -51,15 +52,18 @@ def split_source(spec: str) -> tuple[str, int | None]:
     return source, int(step)
 
 
-def load(source: str, *, random: bool = False) -> "Model":
-    """The model that a run left in its workdir: config.json, tokenizer/, checkpoints/.
+def load(source: str, *, random: bool = False, allow_missing: str = "", vocabulary: str = "") -> "Model":
+    """The model in a run's workdir (config.json, tokenizer/, checkpoints/), a converted or a foreign folder.
 
     source: `SRC` (the newest whole checkpoint) or `SRC@STEP`. random: the same architecture with the parameters that
-    the run began with (`config.seeds.init`), no checkpoint needed: the control of every measurement.
+    the run began with (`config.seeds.init`), no checkpoint needed: the control of every measurement. allow_missing,
+    vocabulary: of a foreign folder, see `plm.weights.read`.
 
     Errors: UserError when a part is missing or damaged, or the parameters are not those of the config.
     """
     workdir, step = split_source(str(source))
+    if step is None and not is_run(workdir):
+        return _load_foreign(workdir, random, allow_missing, vocabulary)
     config, tokenizer = read_run(workdir)
     graph = build(config, tokenizer.size, tuple(config.objectives), jnp.float32)
     if random:
@@ -67,6 +71,29 @@ def load(source: str, *, random: bool = False) -> "Model":
     params, step = checkpoint.restore_params(workdir, step)
     _check(graph, params, workdir)
     return Model(config, tokenizer, graph, jax.device_put(params), step, workdir)
+
+
+def _load_foreign(source: str, random: bool, allow_missing: str, vocabulary: str) -> "Model":
+    foreign = weights.read(source, allow_missing=allow_missing, vocabulary=vocabulary)
+    graph = build(foreign.config, foreign.tokenizer.size, tuple(foreign.config.objectives), jnp.float32)
+    params = initial_params(foreign.config, graph) if random else jax.device_put(foreign.params)
+    return Model(foreign.config, foreign.tokenizer, graph, params, 0, source, foreign.report)
+
+
+def is_run(folder: epath.PathLike) -> bool:
+    """Whether a folder is a run's workdir or a converted one, with a config of this project."""
+    path = epath.Path(folder) / CONFIG
+    return path.exists() and '"objectives"' in path.read_text(encoding="utf-8", errors="replace")
+
+
+def save(model: "Model", folder: epath.PathLike) -> None:
+    """Writes a folder that `load` reads: config.json, tokenizer/ and the parameters as the checkpoint of its step."""
+    folder = epath.Path(folder)
+    with checkpoint.Checkpoints(folder / checkpoint.FOLDER) as saved:
+        saved.save({"params": model.params}, model.step, force=True)
+    model.tokenizer.save(folder / "tokenizer")
+    # Last: a folder without it is no model.
+    (folder / CONFIG).write_text(configs.to_json(model.config))
 
 
 def read_run(workdir: epath.PathLike):
@@ -127,6 +154,7 @@ class Model:
     params: dict
     step: int
     source: str
+    report: weights.Report | None = None  # of foreign weights
     # What does not depend on the parameters' values, compiled programs above all: copies with other ones share it.
     _shared: dict = dataclasses.field(default_factory=dict, repr=False)
 

@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from plm import weights
 from plm.data.pipeline import Batches, Corpus, open_corpus
 from plm.data.pretrain import make_layout
 from plm.data.tokenizers import Tokenizer
@@ -152,7 +153,9 @@ def _start(config, corpus: Corpus, fresh, like, saved: checkpoint.Checkpoints, s
         return fresh()
     name, _, number = source.rpartition("@")
     name, step = (name, int(number)) if name and number.isdigit() else (source, None)
-    _check_vocabulary(name, corpus.tokenizer)
+    if step is None and not (epath.Path(name) / checkpoint.FOLDER).exists():
+        return _start_foreign(config, corpus, name, fresh(), say)
+    _check_vocabulary(name, Tokenizer.load(epath.Path(name) / TOKENIZER), corpus.tokenizer)
     state = fresh()
     if config.init.keep == "all":
         state, step = checkpoint.restore_state(name, like, step)
@@ -172,16 +175,24 @@ def _start(config, corpus: Corpus, fresh, like, saved: checkpoint.Checkpoints, s
     return dataclasses.replace(state, params=params)
 
 
-def _check_vocabulary(source: str, tokenizer: Tokenizer) -> None:
-    """Refuses another run's parameters where the same ids mean other text. (Foreign directories have no tokenizer.)"""
-    folder = epath.Path(source) / TOKENIZER
-    if not folder.exists():
-        return
-    theirs = Tokenizer.load(folder)
+def _start_foreign(config, corpus: Corpus, source: str, state: TrainState, say) -> TrainState:
+    """`state` with the parameters of a folder of foreign weights."""
+    if config.init.keep == "all":
+        raise UserError(f"init.from={source!r} holds weights only, so init.keep='all' has nothing to go on with")
+    foreign = weights.read(source)
+    _check_vocabulary(source, foreign.tokenizer, corpus.tokenizer)
+    params, report = checkpoint.start_from(state.params, foreign.params)
+    for line in (*foreign.report.lines(), *report.lines()):
+        say(f"init.from {source}: {line}")
+    return dataclasses.replace(state, params=params)
+
+
+def _check_vocabulary(source: str, theirs: Tokenizer, tokenizer: Tokenizer) -> None:
+    """Refuses another model's parameters where the same ids mean other text."""
     if theirs.fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"init.from={source!r} has another vocabulary ({theirs.kind} of {theirs.size}, here {tokenizer.kind} of"
-            f" {tokenizer.size}): use its own, data.tokenizer.kind={theirs.kind} data.tokenizer.path={folder}"
+            f" {tokenizer.size}): use its own, data.tokenizer.kind={theirs.kind} data.tokenizer.path={source}"
         )
 
 

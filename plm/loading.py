@@ -83,7 +83,7 @@ def _load_foreign(source: str, random: bool, allow_missing: str, vocabulary: str
 def is_run(folder: epath.PathLike) -> bool:
     """Whether a folder is a run's workdir or a converted one, with a config of this project."""
     path = epath.Path(folder) / CONFIG
-    return path.exists() and '"objectives"' in path.read_text(encoding="utf-8", errors="replace")
+    return path.exists() and b'"objectives"' in path.read_bytes()
 
 
 def save(model: "Model", folder: epath.PathLike) -> None:

@@ -152,7 +152,7 @@ def assemble(
     Errors: UserError for a parameter without a value that `allow_missing` (search) does not allow, a shape that is not
     the graph's, a copy that differs. What is left over is reported and is no error.
     """
-    wanted = {name: shape for name, shape in _logical_shapes(graph)}
+    wanted = dict(_logical_shapes(graph))
     values: dict[str, np.ndarray] = {}
     used: set[str] = set()
     for link in links:

@@ -250,10 +250,20 @@ def test_a_killed_worker_leaves_no_store_and_the_next_build_goes_on(tmp_path):
     process = build_elsewhere(tmp_path, 2)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1, stderr
-    assert "BrokenProcessPool" in stderr
+    assert "UserError: one of the 2 processes that tokenise was ended from outside" in stderr
     (tmp_path / "die2").unlink()
     corpus = Corpus(tmp_path)
     check(store.build(corpus, Words(), valid_fraction=0.3, workers=1), corpus, Words(), 0.3)
+
+
+def test_a_script_that_its_own_workers_would_start_again_is_refused(tmp_path):
+    script = tmp_path / "unguarded.py"
+    text = BUILD.format(tests=str(Path(__file__).parent), folder=str(tmp_path), workers=2)
+    script.write_text(text.replace("__name__", "True or __name__"))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert 'put its work below if __name__ == "__main__":' in done.stderr
+    assert "UserError: one of the 2 processes" in done.stderr
 
 
 @pytest.mark.parametrize("damage", [lambda p: p.write_bytes(p.read_bytes()[:-2]), Path.unlink])

@@ -19,6 +19,7 @@ While it is built a store needs the disk twice; the parts hold 4 bytes a token.
 """
 
 import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import fcntl
 import functools
@@ -217,9 +218,25 @@ def locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            _refuse_in_worker()
             print(f"waiting for another process that is making {path}", file=sys.stderr, flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _refuse_in_worker() -> None:
+    """Ends a worker that imports its parent's script and so comes to make what the parent is making: both would wait.
+
+    `_inheriting` is how the standard library itself knows this moment.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        print(
+            "error: this script opens a corpus when it is imported, and the processes that tokenise import it: put its"
+            ' work below if __name__ == "__main__":',
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
 
 
 class NpyWriter:
@@ -346,6 +363,11 @@ def _make_parts_in_processes(jobs: list, common: tuple, cores: int, bar: Progres
                     bar.add(done_bytes.get_nowait())
             for future in finished:
                 future.result()
+    except concurrent.futures.process.BrokenProcessPool:
+        raise UserError(
+            f"one of the {processes} processes that tokenise was ended from outside (what it printed stands above; out"
+            " of memory is likely otherwise: data.workers=1 needs the least); what is done is kept, start again"
+        ) from None
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)

@@ -11,10 +11,10 @@ def load(source, *, random: bool = False):
     """The model that a run left in its workdir: `plm.load("runs/bert@500").embed(["A text."])`.
 
     source: SRC (its newest checkpoint) or SRC@STEP. random: with the parameters that training began with. Returns a
-    `plm.loading.Model`; see there for `embed`, `generate` and `fill_mask`.
+    `plm.inference.model.Model`; see there for `embed`, `generate` and `fill_mask`.
 
     Errors: `plm.errors.UserError` when a part is missing or damaged.
     """
-    from plm.loading import load as load_model  # imports JAX
+    from plm.inference.model import load as load_model  # imports JAX
 
     return load_model(source, random=random)

@@ -30,16 +30,16 @@ def main() -> None:
     values = flags.FLAGS
     folder = empty_folder(values.to)
     host.keep_memory()
-    from plm import loading  # imports JAX: bad flags answer at once
+    from plm.inference import model as inference  # imports JAX: bad flags answer at once
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    model = loading.load(values["from"].value, allow_missing=values.allow_missing, vocabulary=values.vocabulary)
+    model = inference.load(values["from"].value, allow_missing=values.allow_missing, vocabulary=values.vocabulary)
     for line in model.report.lines() if model.report else ():
         say(line)
     if values.format == "plm":
-        loading.save(model, folder)
+        inference.save(model, folder)
     else:
         import importlib
 

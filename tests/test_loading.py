@@ -14,7 +14,7 @@ import plm
 from experiments import bert, compare, elmo, gpt
 from plm.data import tokenizers
 from plm.errors import UserError
-from plm.loading import Model, load, read_run
+from plm.inference.model import Model, load, read_run
 from plm.models.graph import build
 from plm.training import checkpoint, metrics
 from plm.training import config as configs

@@ -11,7 +11,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from plm.loading import MASK, Model
+from plm.inference.model import MASK, Model
 from plm.randomness import stable_hash
 
 

@@ -25,7 +25,7 @@ from plm.data import sources
 from plm.data.pipeline import Corpus, open_corpus
 from plm.data.store import Progress, locked, writable
 from plm.errors import UserError
-from plm.loading import Model, load, read_run, split_source
+from plm.inference.model import Model, load, read_run, split_source
 from plm.models.graph import build
 from plm.randomness import stable_hash
 from plm.training import metrics, sharding

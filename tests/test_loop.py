@@ -17,6 +17,8 @@ import pytest
 from fixtures import children, corpus
 from fixtures.children import RUNS
 
+from plm.data import tokenizers
+from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
 from plm.training import checkpoint, loop
 from plm.training import config as configs
@@ -412,16 +414,47 @@ def test_bad_input_is_one_line_and_exit_code_2(name, files, text, tmp_path):
 
 def test_a_vocabulary_that_does_not_match_the_checkpoint(uninterrupted, text, tmp_path):
     source = uninterrupted("pairs")
-    for size in (120, 119):
-        other = corpus.write(tmp_path / "other.txt", 40, seed=9)
-        flags = [f"--config.init.from={source}", f"--config.data.tokenizer.vocab={size}"]
-        child = start("pairs", other, tmp_path / "run", *flags)
-        assert child.wait() == 2, child.text
-        line = child.text.splitlines()[-1]
-        assert f"init.from='{source}' has another vocabulary (wordpiece of 120" in line
-        assert f"data.tokenizer.path={source}/tokenizer" in line
-    child = start("pairs", other, tmp_path / "run", flags[0], f"--config.data.tokenizer.path={source}/tokenizer")
+    other = corpus.write(tmp_path / "other.txt", 40, seed=9)
+    tokenizers.train("wordpiece", other.read_text().splitlines(), 119).save(tmp_path / "vocabulary")
+    flags = [f"--config.init.from={source}", "--config.total_steps=1"]
+    child = start("pairs", other, tmp_path / "run", *flags, f"--config.data.tokenizer.path={tmp_path / 'vocabulary'}")
+    assert child.wait() == 2, child.text
+    line = child.text.splitlines()[-1]
+    assert f"init.from='{source}' has another vocabulary (wordpiece of 120) than data.tokenizer.path=" in line
+    # Without one, the source's own is used, though another would be trained on this text.
+    child = start("pairs", other, tmp_path / "run", *flags)
     assert child.wait() == 0, child.text
+    assert (
+        Tokenizer.load(tmp_path / "run" / "tokenizer").fingerprint == Tokenizer.load(source / "tokenizer").fingerprint
+    )
+
+
+def test_added_words_start_as_the_mean_of_their_pieces(uninterrupted, text, tmp_path, capsys):
+    source = uninterrupted("pairs")
+    (tmp_path / "words").write_text("zebrafish\n\nquux\n")
+    added = {"init.from": str(source), "data.tokenizer.add": str(tmp_path / "words")}
+    config = config_of("pairs", text, **added, **{"checkpoint.keep_at": (0,), "total_steps": 1})
+    loop.train(config, tmp_path / "run")
+    old, new = Tokenizer.load(source / "tokenizer"), Tokenizer.load(tmp_path / "run" / "tokenizer")
+    assert new.vocabulary == (*old.vocabulary, "zebrafish", "quux")
+    assert new.encode(["quux zebrafish"]) == [[old.size + 1, old.size]]
+    taken, begun = final(source), final(tmp_path / "run", 0)
+    for name in ("params/embedding/tokens/table", "params/heads/masked/bias"):
+        np.testing.assert_array_equal(begun[name][: old.size], taken[name][: old.size])
+        for row, ids in enumerate(old.encode(["zebrafish", "quux"])):
+            expected = taken[name][ids].mean(axis=0)
+            np.testing.assert_allclose(begun[name][old.size + row], expected, rtol=1e-6)
+    assert f"'quux' starts as the mean of {' '.join(old.pieces(old.encode(['quux'])[0]))}" in capsys.readouterr().err
+    loop.train(config, tmp_path / "run")  # complete: nothing is added twice
+    with pytest.raises(UserError, match="has not the 2 added words"):
+        loop.train(config_of("pairs", text, **added, **{"init.keep": "all"}), tmp_path / "all")
+
+
+def test_parameters_that_the_source_lacks_are_refused_unless_allowed(uninterrupted, text, tmp_path):
+    settings = {"init.from": str(uninterrupted("pairs")), "model.layers": 3, "total_steps": 1}
+    with pytest.raises(UserError, match=r"lacks 16 parameters of this model: blocks/2/.*init\.allow_missing"):
+        loop.train(config_of("pairs", text, **settings), tmp_path / "refused")
+    loop.train(config_of("pairs", text, **settings, **{"init.allow_missing": "^blocks/2/"}), tmp_path / "allowed")
 
 
 def test_a_run_that_diverges_halts_with_a_line(text, tmp_path):

@@ -420,3 +420,25 @@ def test_the_command_trains_a_vocabulary_and_refuses_bad_input_in_one_line(tmp_p
         assert done.returncode == 2
         assert done.stderr.startswith("error: ")
         assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("kind", "size"), [("wordpiece", 120), ("bpe", 120), ("byte_bpe", 300), ("words", 30)])
+def test_added_words_are_entries_and_other_text_is_read_as_before(kind, size, tmp_path):
+    text = ["the cat sat on the mat again and again", "a dog and the cat met people in town"] * 50
+    before = tokenizers.train(kind, text, size)
+    grown = before.with_added(["zebra", "quux"])
+    assert grown.size == before.size + 2
+    assert grown.encode(text) == before.encode(text)
+    the = before.encode(["the"])[0]
+    assert grown.encode(["the zebra"])[0] == [*the, before.size]
+    assert grown.decode(grown.encode(["quux the zebra"])[0]) == "quux the zebra"
+    assert grown.without_added().fingerprint == before.fingerprint != grown.fingerprint
+    grown.save(tmp_path)
+    for again in (Tokenizer.load(tmp_path), pickle.loads(pickle.dumps(grown))):
+        assert (again.fingerprint, again.vocabulary, again.added) == (grown.fingerprint, grown.vocabulary, grown.added)
+        assert again.encode(["a zebra quux"]) == grown.encode(["a zebra quux"])
+    if grown.byte_lengths is not None:
+        assert grown.byte_lengths[-2:].tolist() == [6, 5]  # a space and the word
+    for word, expected in (("two words", "no single word"), ("zebra", "more than once"), ("a b", "no single word")):
+        with pytest.raises(UserError, match=expected):
+            grown.with_added([word])

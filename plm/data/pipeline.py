@@ -173,28 +173,50 @@ def _trained_on(source: sources.Source, wanted, valid_fraction: float, progress:
     return Tokenizer.load(directory)
 
 
-def open_corpus(data, *, tokenizer_directory: epath.Path | None = None, progress: bool = True) -> Corpus:
+def _added_words(path: str) -> list[str]:
+    """The lines of `data.tokenizer.add`."""
+    try:
+        lines = epath.Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.tokenizer.add={path!r} is no readable file of words, one a line ({error})") from None
+    words = [line.strip() for line in lines if line.strip()]
+    if not words:
+        raise UserError(f"data.tokenizer.add={path!r} holds no word: one a line is right")
+    return words
+
+
+def open_corpus(
+    data,
+    *,
+    tokenizer_directory: epath.Path | None = None,
+    inherited: Tokenizer | None = None,
+    progress: bool = True,
+) -> Corpus:
     """Opens, and where need be makes, the vocabulary and the stores of `config.data`.
 
     tokenizer_directory: where a run keeps its tokenizer. One that lies there is used, so that a run is complete in
-    itself; otherwise `data.tokenizer.path` is read, or a vocabulary is trained on the held-in documents and remembered
-    by corpus and settings.
+    itself; otherwise `data.tokenizer.path` is read; or `inherited` is used, the tokenizer of the model that a run
+    starts from; or a vocabulary is trained on the held-in documents and remembered by corpus and settings. Words of
+    `data.tokenizer.add` are added to all but the first.
     """
     source = sources.parse(data.source, invalid_utf8=data.invalid_utf8)
     fraction = 0.0 if data.valid_source else data.valid_fraction
     wanted = data.tokenizer
     if tokenizer_directory is not None and (tokenizer_directory / "tokenizer.json").exists():
         tokenizer = Tokenizer.load(tokenizer_directory)
-    elif wanted.path:
-        saved = (epath.Path(wanted.path) / "tokenizer_settings.json").exists()
-        tokenizer = Tokenizer.load(wanted.path) if saved else Tokenizer.from_official(wanted.path)
-        if tokenizer.kind != wanted.kind:
-            raise UserError(
-                f"data.tokenizer.path={wanted.path!r} holds a {tokenizer.kind!r} tokenizer;"
-                f" data.tokenizer.kind={wanted.kind!r} was asked for"
-            )
     else:
-        tokenizer = _trained_on(source, wanted, fraction, progress)
+        if wanted.path:
+            saved = (epath.Path(wanted.path) / "tokenizer_settings.json").exists()
+            tokenizer = Tokenizer.load(wanted.path) if saved else Tokenizer.from_official(wanted.path)
+        else:
+            tokenizer = inherited or _trained_on(source, wanted, fraction, progress)
+        if tokenizer.kind != wanted.kind:
+            where = f"data.tokenizer.path={wanted.path!r}" if wanted.path else "the model of init.from"
+            raise UserError(
+                f"{where} holds a {tokenizer.kind!r} tokenizer; data.tokenizer.kind={wanted.kind!r} was asked for"
+            )
+        if wanted.add:
+            tokenizer = tokenizer.with_added(_added_words(wanted.add))
     options = {"workers": data.workers, "progress": progress}
     if data.valid_source:
         train = store.build(source, tokenizer, valid_fraction=0.0, split="train", **options)

@@ -143,6 +143,7 @@ class Tokenizer:
     vocabulary: the pieces in the order of their ids. merges: of the two BPE kinds. roles: which of unk, pad, cls, sep,
     mask, bos, eos, eod (end of document) there are, and their ids. lowercase: whether text is lower-cased (WordPiece:
     accents are removed too). pretokenized: text has spaces between words already and is only split there (bpe, words).
+    base, added: the entries without the added words, and these as text (`with_added`).
     lossless: decoding gives the text back, byte for byte. continuations: bool [size], pieces that continue the word
     before them, or None where the kind cannot tell. special_ids: ids that masking never chooses.
     byte_lengths: int32 [size], bytes of text of each id (special tokens 0, eod 1) if lossless, else None.
@@ -157,17 +158,21 @@ class Tokenizer:
         merges: Sequence[tuple[str, str]] = (),
         lowercase: bool | None = None,
         pretokenized: bool = False,
+        added: Sequence[str] = (),
     ):
         lowercase = _check(kind, lowercase, pretokenized)
         self.kind, self.lowercase, self.pretokenized = kind, lowercase, pretokenized
-        self.vocabulary, self.merges, self.roles = tuple(vocabulary), tuple(merges), dict(roles)
+        self.base, self.added = tuple(vocabulary), tuple(added)
+        self.vocabulary = self.base + tuple(_entry(kind, word) for word in self.added)
+        self.merges, self.roles = tuple(merges), dict(roles)
         self.size = len(self.vocabulary)
         ids = {piece: i for i, piece in enumerate(self.vocabulary)}
         if len(ids) != self.size:
             twice = next(piece for piece, n in collections.Counter(self.vocabulary).items() if n > 1)
             raise UserError(f"vocabulary: {twice!r} is there more than once; every entry must be there once")
         settings = (lowercase, pretokenized, sorted(self.roles.items()))
-        entries = (f"{stable_hash(*part, bits=128):032x}" for part in (self.vocabulary, map(" ".join, self.merges)))
+        parts = (self.base, map(" ".join, self.merges), *([self.added] if self.added else []))
+        entries = (f"{stable_hash(*part, bits=128):032x}" for part in parts)
         self.fingerprint = f"{stable_hash('tokenizer', VERSION, kind, *settings, *entries, bits=128):032x}"
         self.special_ids = np.array(
             sorted(i for role, i in self.roles.items() if role not in ("mask", "unk")), dtype=np.int32
@@ -196,25 +201,52 @@ class Tokenizer:
             backend.normalizer, backend.pre_tokenizer = _bert_rules(self.lowercase)
             backend.decoder = decoders.WordPiece(prefix="##", cleanup=False)
         elif self.kind == "byte_bpe":
-            backend = tokenizers.Tokenizer(models.BPE(ids, list(self.merges)))
+            # An added word has no merges: it is found whole or not at all.
+            model = models.BPE(ids, list(self.merges), ignore_merges=bool(self.added))
+            backend = tokenizers.Tokenizer(model)
             backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
             backend.decoder = decoders.ByteLevel()
         elif self.kind == "bpe":
             unknown = self.vocabulary[self.role("unk")]
+            ids = {piece: ids[piece] for piece in self.base}
             model = models.BPE(ids, list(self.merges), unk_token=unknown, end_of_word_suffix="</w>", fuse_unk=False)
             backend = tokenizers.Tokenizer(model)
             backend.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(" ")
-            backend.decoder = decoders.BPEDecoder(suffix="</w>")
+            # The library numbers them from the size of the model's vocabulary on, as they are numbered here.
+            backend.add_tokens([tokenizers.AddedToken(word, single_word=True) for word in self.added])
         else:
             backend = tokenizers.Tokenizer(models.WordLevel(ids, unk_token=self.vocabulary[self.role("unk")]))
             backend.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(" ")
         return backend
 
     def __reduce__(self):
-        return _restore, (self.kind, self.vocabulary, self.roles, self.merges, self.lowercase, self.pretokenized)
+        settings = (self.roles, self.merges, self.lowercase, self.pretokenized, self.added)
+        return _restore, (self.kind, self.base, *settings)
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.kind}, {self.size:,} ids, {self.fingerprint[:12]})"
+
+    def without_added(self) -> "Tokenizer":
+        """The tokenizer that this one was before words were added."""
+        options = {"lowercase": self.lowercase, "pretokenized": self.pretokenized}
+        return Tokenizer(self.kind, self.base, self.roles, merges=self.merges, **options)
+
+    def with_added(self, words: Sequence[str]) -> "Tokenizer":
+        """This one with more words, each an entry of its own behind the others.
+
+        All other text is read as before, but that WordPiece may begin a longer word with an added one. Lower-cased
+        where the tokenizer does. Errors: UserError for a word that is an entry already, is there twice, or is several
+        words to this tokenizer.
+        """
+        words = [word.lower() if self.lowercase else word for word in words]
+        options = {"lowercase": self.lowercase, "pretokenized": self.pretokenized, "merges": self.merges}
+        grown = Tokenizer(self.kind, self.base, self.roles, **options, added=(*self.added, *words))
+        for word, ids in zip(words, grown.encode(words), strict=True):
+            if len(ids) != 1 or ids[0] < self.size or word != "".join(word.split()):
+                raise UserError(
+                    f"added word {word!r} is no single word to a {self.kind} tokenizer, so it would never be read"
+                )
+        return grown
 
     def role(self, name: str) -> int:
         """The id of the special token of that role; UserError where the tokenizer has none."""
@@ -280,6 +312,8 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text: exact if lossless (sentences joined by a space, documents by a line break), else words and spaces."""
         ids = self.target_id(np.fromiter(ids, np.int64)).tolist()
+        if self.kind == "bpe":
+            return "".join(self.vocabulary[i] for i in ids).replace("</w>", " ").removesuffix(" ")
         if not self.lossless:
             return self.backend.decode(ids, skip_special_tokens=False)
         documents: list[list[int]] = [[]]
@@ -328,6 +362,7 @@ class Tokenizer:
             "lowercase": self.lowercase,
             "pretokenized": self.pretokenized,
             "roles": self.roles,
+            "added": self.added,
             "fingerprint": self.fingerprint,
         }
         try:
@@ -349,7 +384,9 @@ class Tokenizer:
         try:
             settings = json.loads((directory / "tokenizer_settings.json").read_text(encoding="utf-8"))
             model = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-            vocabulary = sorted(model["vocab"], key=model["vocab"].__getitem__)
+            added = settings.get("added", ())
+            n_base = settings["size"] - len(added)
+            vocabulary = sorted(model["vocab"], key=model["vocab"].__getitem__)[:n_base]
             merges = [tuple(pair) for pair in model.get("merges", ())]
             version, fingerprint = settings["version"], settings["fingerprint"]
             tokenizer = cls(
@@ -359,6 +396,7 @@ class Tokenizer:
                 merges=merges,
                 lowercase=settings["lowercase"],
                 pretokenized=settings["pretokenized"],
+                added=added,
             )
         except OSError:
             raise UserError(
@@ -410,8 +448,17 @@ class Tokenizer:
         return cls(kind, entries, roles, lowercase=lowercase, pretokenized=kind == "words")
 
 
-def _restore(kind, vocabulary, roles, merges, lowercase, pretokenized) -> Tokenizer:
-    return Tokenizer(kind, vocabulary, roles, merges=merges, lowercase=lowercase, pretokenized=pretokenized)
+def _restore(kind, vocabulary, roles, merges, lowercase, pretokenized, added) -> Tokenizer:
+    options = {"lowercase": lowercase, "pretokenized": pretokenized, "added": added}
+    return Tokenizer(kind, vocabulary, roles, merges=merges, **options)
+
+
+def _entry(kind: str, word: str) -> str:
+    """How the vocabulary writes a whole word."""
+    if kind == "byte_bpe":
+        characters = _byte_characters()
+        return "".join(characters[byte] for byte in f" {word}".encode())
+    return f"{word}</w>" if kind == "bpe" else word
 
 
 def _official_bpe(path: epath.Path, text: str, lowercase: bool | None) -> Tokenizer:

@@ -24,11 +24,13 @@ def import_from_outside(name: str, what: str):
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """path: stored path; shape: stored shape; count: numbers that train (padding of vocabulary tables left out)."""
+    """path: stored path; shape: stored shape; count: numbers that train (padding of vocabulary tables left out); rows:
+    entries of the vocabulary, where axis 0 is one."""
 
     path: str
     shape: tuple[int, ...]
     count: int
+    rows: int | None = None
 
     @property
     def logical_names(self) -> list[str]:
@@ -57,7 +59,7 @@ class ModelGraph:
             shape = tuple(variable.get_value().shape)
             real = variable.get_metadata().get("real_rows")
             count = int(np.prod(shape)) if real is None else int(np.prod((real, *shape[1:])))
-            self.parameters.append(Parameter(path, shape, count))
+            self.parameters.append(Parameter(path, shape, count, real))
 
     def _nest(self, values) -> dict:
         tree: dict = {}

@@ -21,6 +21,7 @@ import gc
 import hashlib
 import json
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -545,6 +546,38 @@ class StartReport:
             pairs = ", ".join(f"{name} {list(there)} there, {list(here)} here" for name, there, here in self.mismatched)
             lines.append(f"mismatched: {len(self.mismatched)} parameters: {pairs}")
         return lines
+
+    def refuse_missing(self, source: str, allowed: str) -> None:
+        """Raises UserError for parameters that would silently stay random, unless the regex `allowed` finds them."""
+        without = [*self.missing, *(name for name, *_ in self.mismatched)]
+        refused = [name for name in without if not (allowed and re.search(allowed, name))]
+        if refused:
+            shown = ", ".join(refused[:5]) + (f" and {len(refused) - 5} more" if len(refused) > 5 else "")
+            shapes = [f"; {line}" for line in self.lines() if line.startswith("mismatched")]
+            raise UserError(
+                f"init.from={source!r} lacks {len(refused)} parameters of this model: {shown}{''.join(shapes)};"
+                " init.allow_missing=REGEX lets those that it finds start at random values"
+            )
+
+
+def grow_vocabulary(params: PyTree, graph, size: int, old_pieces: Sequence[Sequence[int]]) -> PyTree:
+    """`params` of a model of `size` ids (stored names) with a row more for each of `old_pieces`, padded as in `graph`.
+
+    Tables and biases of the vocabulary get the mean of the rows of the ids that the new entry was written with before.
+    """
+    grown = size + len(old_pieces)
+    others = ("embedding/positions/", "embedding/segments/")
+    tables = {p.path: p.shape[0] for p in graph.parameters if p.rows == grown and not p.path.startswith(others)}
+
+    def grow(path: str, leaf):
+        if path not in tables:
+            return leaf
+        leaf = np.asarray(leaf)[:size]
+        new = np.stack([leaf[np.asarray(ids)].mean(axis=0) for ids in old_pieces]).astype(leaf.dtype)
+        whole = np.concatenate([leaf, new])
+        return np.pad(whole, [(0, tables[path] - grown)] + [(0, 0)] * (leaf.ndim - 1))
+
+    return _nest({path: grow(path, leaf) for path, leaf in paths_and_leaves(params)})
 
 
 def _by_logical_name(params: PyTree) -> dict[str, np.ndarray]:

@@ -215,7 +215,8 @@ KEYS: tuple[tuple[str, Any, Rule, str], ...] = (
     ("data.workers", 0, whole(0), "processes that tokenise; 0 = one for each core"),
     ("data.tokenizer.kind", "byte_bpe", one_of(*TOKENIZERS), "BERT's, GPT's, the comparison's, ELMo's"),
     ("data.tokenizer.vocab", 8192, whole(2), "number of pieces or words, specials included"),
-    ("data.tokenizer.path", "", words(), "a trained vocabulary or official files; '' = trained on the corpus"),
+    ("data.tokenizer.path", "", words(), "a trained vocabulary or official files; '' = init.from's, or trained here"),
+    ("data.tokenizer.add", "", words(), "a file of words, one a line, that become entries of their own"),
     ("data.tokenizer.lowercase", False, truth(), "letter case is dropped"),
     ("data.tokenizer.pretokenized", False, truth(), "bpe, words: the text has spaces between words already"),
     (
@@ -274,6 +275,7 @@ KEYS: tuple[tuple[str, Any, Rule, str], ...] = (
     ("log.wandb", "", words(), "Weights & Biases project; '' = none"),
     ("nonfinite.max_in_a_row", 10, whole(1), "skipped steps in a row after which the run halts"),
     ("init.from", "", words(), "a workdir, converted or foreign directory to start from, [@STEP]"),
+    ("init.allow_missing", "", regex(), "regex of parameters that init.from may lack; they start at random values"),
     ("init.keep", "params", one_of("params", "all"), "all: optimizer and step too, so schedule, noise and data go on"),
 )
 
@@ -338,7 +340,7 @@ MODEL_CHARACTERS: tuple[tuple[str, Any, Rule, str], ...] = (
 # A resumed run may change these: where it runs, how often it saves and reports. Not what is computed.
 MAY_CHANGE = ("mesh.", "microbatches", "checkpoint.", "eval.", "log.", "data.workers")
 # ... and these, where the caller knows that the data's fingerprints are the same.
-MAY_CHANGE_WITH_SAME_DATA = ("data.source", "data.valid_source", "data.tokenizer.path")
+MAY_CHANGE_WITH_SAME_DATA = ("data.source", "data.valid_source", "data.tokenizer.path", "data.tokenizer.add")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Building

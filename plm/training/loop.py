@@ -140,60 +140,74 @@ def _state_and_shardings(config, graph: ModelGraph, tx, mesh, carried: bool):
     return lambda: jax.jit(create, out_shardings=shardings)(key), like, messages
 
 
-def _start(config, corpus: Corpus, fresh, like, saved: checkpoint.Checkpoints, say) -> TrainState:
-    """The state to go on from: this run's newest whole checkpoint, another run's (`init.from`), or a new one."""
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """What `init.from` names: a run (step: None for its newest checkpoint) or a folder of foreign weights."""
+
+    name: str
+    step: int | None
+    tokenizer: Tokenizer
+    foreign: weights.Foreign | None
+
+
+def _open_source(spec: str) -> _Source:
+    name, _, number = spec.rpartition("@")
+    name, step = (name, int(number)) if name and number.isdigit() else (spec, None)
+    if step is None and not (epath.Path(name) / checkpoint.FOLDER).exists():
+        foreign = weights.read(name)
+        return _Source(name, None, foreign.tokenizer, foreign)
+    return _Source(name, step, Tokenizer.load(epath.Path(name) / TOKENIZER), None)
+
+
+def _start(config, corpus: Corpus, graph: ModelGraph, source: _Source | None, fresh, like, saved, say) -> TrainState:
+    """The state to go on from: this run's newest whole checkpoint, `source`, or a new one."""
     restored = saved.restore_latest(like)
     if restored is not None:
         state, step = restored
         if step < config.total_steps:
             say(f"resuming after step {step} of {config.total_steps}")
         return state
-    source = config.init["from"]
-    if not source:
+    if not config.init["from"]:
         return fresh()
-    name, _, number = source.rpartition("@")
-    name, step = (name, int(number)) if name and number.isdigit() else (source, None)
-    if step is None and not (epath.Path(name) / checkpoint.FOLDER).exists():
-        return _start_foreign(config, corpus, name, fresh(), say)
-    _check_vocabulary(name, Tokenizer.load(epath.Path(name) / TOKENIZER), corpus.tokenizer)
+    source = source or _open_source(config.init["from"])  # this run was interrupted before its first checkpoint
+    ours, theirs = corpus.tokenizer, source.tokenizer
+    grown = ours.added[len(theirs.added) :]
+    if ours.fingerprint != (theirs.with_added(grown) if grown else theirs).fingerprint:
+        raise UserError(
+            f"init.from={source.name!r} has another vocabulary ({theirs.kind} of {theirs.size}) than"
+            f" data.tokenizer.path={config.data.tokenizer.path!r} ({ours.kind} of {ours.size}): leave the path empty"
+            " and its own is used"
+        )
     state = fresh()
     if config.init.keep == "all":
-        state, step = checkpoint.restore_state(name, like, step)
+        if source.foreign or grown:
+            what = "holds weights only" if source.foreign else f"has not the {len(grown)} added words"
+            raise UserError(f"init.from={source.name!r} {what}, so init.keep='all' cannot go on with its optimizer")
+        state, step = checkpoint.restore_state(source.name, like, source.step)
         if step >= config.total_steps:
             raise UserError(
-                f"init.from={source!r} has done {step} steps, which init.keep='all' counts: total_steps="
+                f"init.from={source.name!r} has done {step} steps, which init.keep='all' counts: total_steps="
                 f"{config.total_steps} must be more"
             )
         # Another run's rows are other text: its LSTM states say nothing here.
         state = dataclasses.replace(state, carry=fresh().carry)
-        say(f"continuing {name} after step {step} with its optimizer and step")
+        say(f"continuing {source.name} after step {step} with its optimizer and step")
         return state
-    loaded, step = checkpoint.restore_params(name, step)
+    if source.foreign:
+        loaded, where = source.foreign.params, source.name
+    else:
+        loaded, step = checkpoint.restore_params(source.name, source.step)
+        where = f"{source.name} at step {step}"
+    if grown:
+        old_pieces = theirs.encode(grown)
+        loaded = checkpoint.grow_vocabulary(loaded, graph, theirs.size, old_pieces)
+        for word, ids in zip(grown, old_pieces, strict=True):
+            say(f"data.tokenizer.add: {word!r} starts as the mean of {' '.join(theirs.pieces(ids))}")
     params, report = checkpoint.start_from(state.params, loaded)
+    report.refuse_missing(source.name, config.init.allow_missing)
     for line in report.lines():
-        say(f"init.from {name} at step {step}: {line}")
+        say(f"init.from {where}: {line}")
     return dataclasses.replace(state, params=params)
-
-
-def _start_foreign(config, corpus: Corpus, source: str, state: TrainState, say) -> TrainState:
-    """`state` with the parameters of a folder of foreign weights."""
-    if config.init.keep == "all":
-        raise UserError(f"init.from={source!r} holds weights only, so init.keep='all' has nothing to go on with")
-    foreign = weights.read(source)
-    _check_vocabulary(source, foreign.tokenizer, corpus.tokenizer)
-    params, report = checkpoint.start_from(state.params, foreign.params)
-    for line in (*foreign.report.lines(), *report.lines()):
-        say(f"init.from {source}: {line}")
-    return dataclasses.replace(state, params=params)
-
-
-def _check_vocabulary(source: str, theirs: Tokenizer, tokenizer: Tokenizer) -> None:
-    """Refuses another model's parameters where the same ids mean other text."""
-    if theirs.fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"init.from={source!r} has another vocabulary ({theirs.kind} of {theirs.size}, here {tokenizer.kind} of"
-            f" {tokenizer.size}): use its own, data.tokenizer.kind={theirs.kind} data.tokenizer.path={source}"
-        )
 
 
 def train(config, workdir: epath.PathLike) -> dict[str, float]:
@@ -211,7 +225,9 @@ def train(config, workdir: epath.PathLike) -> dict[str, float]:
     _check_writable(workdir)
 
     kept = workdir / TOKENIZER if (workdir / CONFIG).exists() else None
-    corpus = open_corpus(config.data, tokenizer_directory=kept, progress=chief)
+    source = _open_source(config.init["from"]) if config.init["from"] and kept is None else None
+    inherited = source.tokenizer if source else None
+    corpus = open_corpus(config.data, tokenizer_directory=kept, inherited=inherited, progress=chief)
     config = configs.resolve_seeds(config)
     batches = make_batches(config, corpus, "train", mesh)
     config = configs.resolve(
@@ -255,7 +271,7 @@ def train(config, workdir: epath.PathLike) -> dict[str, float]:
             keep_at=config.checkpoint.keep_at,
             every_steps=config.checkpoint.every_steps,
         ) as saved:
-            state = _start(config, corpus, fresh, like, saved, record.say)
+            state = _start(config, corpus, graph, source, fresh, like, saved, record.say)
             start = int(state.step)
             if start >= config.total_steps and record.run.facts.get("status") == "complete":
                 record.say(f"already complete after {start:,} steps: {workdir}")

@@ -303,6 +303,15 @@ def test_broken_and_young_runs_do_not_stop_the_page(tmp_path):
     Reader(page.html(page.prepare([found_empty(tmp_path)])))
 
 
+def test_an_older_checkpoint_evaluated_last_does_not_replace_the_newest(tmp_path):
+    folder = make_run(tmp_path / "run", "gpt", steps=300)
+    row = {"suite": "ngrams", "metric": "kneser_ney_1/forward", "split": "valid"}
+    rows = [row | {"step": step, "value": value} for step, value in ((300, 1.0), (300, 2.0), (100, 3.0))]
+    (folder / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    (run,) = found(tmp_path)
+    assert [one["value"] for one in run.results] == [2.0]
+
+
 def found_empty(root):
     (root / "only" / "w").mkdir(parents=True)
     (root / "only" / "w" / "config.json").write_text("{}")

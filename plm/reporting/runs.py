@@ -28,7 +28,8 @@ eval/bidirectional_backward (nats per token), the same with _bits_per_byte, eval
 eval/masked_accuracy, eval/next_sentence, eval/next_sentence_accuracy.
 
 results.jsonl, one tidy row a line: run, step, suite, metric, seed, head_seed, split, n, value, predictions, and low,
-high where the suite gives an interval. Of equal rows the last counts. Suites with a table of their own: `ngrams`
+high where the suite gives an interval. Of rows of one number the highest step counts, of one step the last written.
+Suites with a table of their own: `ngrams`
 (kneser_ney_<order>/<forward|backward>[_bits_per_byte], unigram/masked: `plm.analysis.ngrams.baselines`) and
 `pseudo_words` (`plm.analysis.pseudo_words.evaluate`); `samples` points to samples.json; the others are listed.
 
@@ -293,10 +294,20 @@ def read(folder: epath.Path, names: set[str]) -> Run:
         if is_finite(line.get("step")):
             by_step.setdefault(line["step"], {}).update(line)
     run.metrics = [by_step[step] for step in sorted(by_step)]
-    run.results = [row for row in lines("results.jsonl") if "metric" in row and "value" in row]
+    run.results = _newest(row for row in lines("results.jsonl") if "metric" in row and "value" in row)
     run.samples = [sample for sample in load("samples.json", list) if isinstance(sample, dict)]
     run.senses = load("senses.json", dict)
     return run
+
+
+def _newest(rows: Iterable[dict]) -> list[dict]:
+    """One row for each number that was measured: of its highest step, and of several there the one written last."""
+    newest: dict[tuple, dict] = {}
+    for row in rows:
+        key = tuple(row.get(name) for name in ("suite", "metric", "split", "pretrain_seed", "head_seed"))
+        if key not in newest or (row.get("step") or 0) >= (newest[key].get("step") or 0):
+            newest[key] = row
+    return list(newest.values())
 
 
 @dataclass

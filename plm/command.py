@@ -15,8 +15,8 @@ def complain(message: object) -> None:
     print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
 
 
-def run(main: Callable[[], int | None], *, required: tuple[str, ...] = ()) -> None:
-    """Parses the flags, calls `main()` and exits.
+def run(main: Callable[..., int | None], *, required: tuple[str, ...] = (), positional: bool = False) -> None:
+    """Parses the flags, calls `main()`, or with `positional` `main(arguments)`, and exits.
 
     A `UserError`, an unknown or ill-typed flag, a missing `required` flag or a stray positional argument prints one
     line and exits with 2; any other exception keeps its traceback.
@@ -25,7 +25,7 @@ def run(main: Callable[[], int | None], *, required: tuple[str, ...] = ()) -> No
     def parse(argv: list[str]) -> list[str]:
         try:
             rest = flags.FLAGS(argv)
-            if len(rest) > 1:
+            if len(rest) > 1 and not positional:
                 raise UserError(
                     f"unexpected argument {rest[1]!r}: values are given as flags, for example --config.seed=1"
                 )
@@ -37,9 +37,9 @@ def run(main: Callable[[], int | None], *, required: tuple[str, ...] = ()) -> No
             sys.exit(BAD_INPUT)
         return rest
 
-    def guarded(_: list[str]) -> int | None:
+    def guarded(argv: list[str]) -> int | None:
         try:
-            return main()
+            return main(argv[1:]) if positional else main()
         except UserError as error:
             complain(error)
             return BAD_INPUT

@@ -142,11 +142,14 @@ def _state_and_shardings(config, graph: ModelGraph, tx, mesh, carried: bool):
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """What `init.from` names: a run (step: None for its newest checkpoint) or a folder of foreign weights."""
+    """What `init.from` names: a run (step: None for its newest checkpoint) or a folder of foreign weights.
+
+    tokenizer: None where no parameter belongs to an entry of a vocabulary, so that any will do (ELMo's weights).
+    """
 
     name: str
     step: int | None
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     foreign: weights.Foreign | None
 
 
@@ -155,7 +158,7 @@ def _open_source(spec: str) -> _Source:
     name, step = (name, int(number)) if name and number.isdigit() else (spec, None)
     if step is None and not (epath.Path(name) / checkpoint.FOLDER).exists():
         foreign = weights.read(name)
-        return _Source(name, None, foreign.tokenizer, foreign)
+        return _Source(name, None, None if foreign.fits_any_vocabulary else foreign.tokenizer, foreign)
     return _Source(name, step, Tokenizer.load(epath.Path(name) / TOKENIZER), None)
 
 
@@ -171,8 +174,8 @@ def _start(config, corpus: Corpus, graph: ModelGraph, source: _Source | None, fr
         return fresh()
     source = source or _open_source(config.init["from"])  # this run was interrupted before its first checkpoint
     ours, theirs = corpus.tokenizer, source.tokenizer
-    grown = ours.added[len(theirs.added) :]
-    if ours.fingerprint != (theirs.with_added(grown) if grown else theirs).fingerprint:
+    grown = ours.added[len(theirs.added) :] if theirs else ()
+    if theirs and ours.fingerprint != (theirs.with_added(grown) if grown else theirs).fingerprint:
         raise UserError(
             f"init.from={source.name!r} has another vocabulary ({theirs.kind} of {theirs.size}) than"
             f" data.tokenizer.path={config.data.tokenizer.path!r} ({ours.kind} of {ours.size}): leave the path empty"

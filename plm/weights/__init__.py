@@ -14,6 +14,7 @@ under this project's names, and a report of what matched. Every reader is strict
 
 import dataclasses
 import importlib
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -78,6 +79,11 @@ class Foreign:
     tokenizer: object
     params: dict
     report: Report
+
+    @property
+    def fits_any_vocabulary(self) -> bool:
+        """Whether no parameter belongs to an entry of the vocabulary: words are read by their characters alone."""
+        return self.config.model.get("input") == "characters" and not self.config.objectives
 
 
 def format_of(directory: epath.PathLike):
@@ -217,6 +223,12 @@ def disassemble(graph, params: dict, links: Iterable[Link]) -> dict[str, np.ndar
     return arrays
 
 
+def foreign_shapes(graph, links: Iterable[Link]) -> dict[str, tuple[int, ...]]:
+    """{their name: shape that it must have to hold the parameters of `graph`}, in the order of `links`."""
+    wanted = {name: real for name, (real, _) in _logical_shapes(graph)}
+    return {link.theirs: link.join(*(np.zeros(wanted[name], np.int8) for name in link.ours)).shape for link in links}
+
+
 def logical_values(graph, params: dict) -> dict[str, np.ndarray]:
     """{logical name: array without padding} of parameters by stored names."""
     values = {}
@@ -283,6 +295,14 @@ def logical_fresh(graph, key) -> dict[str, np.ndarray]:
         names = parameter.logical_names
         values |= {parameter.path: leaf} if names == [parameter.path] else dict(zip(names, leaf, strict=True))
     return values
+
+
+def read_json(path: epath.Path):
+    """The content of a JSON file; UserError in one line if there is none or it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
 
 
 def check_vocabulary(source: object, tokenizer_size: int, rows: int) -> None:

@@ -22,3 +22,19 @@ def real_data() -> Path:
 def cache(tmp_path_factory, monkeypatch):
     """Every test builds its stores in a folder of its own."""
     monkeypatch.setenv("PLM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def workdirs(tmp_path_factory):
+    """{name: workdir} of `fixtures.models`."""
+    from fixtures.models import make_workdirs
+
+    return make_workdirs(tmp_path_factory.mktemp("toys"))
+
+
+@pytest.fixture(scope="session")
+def models(workdirs):
+    """{name: model} of `fixtures.models`."""
+    from fixtures.models import make_models
+
+    return make_models(workdirs)

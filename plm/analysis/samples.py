@@ -11,7 +11,8 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from plm.inference.model import MASK, Model
+from plm.inference.filling import MASK
+from plm.inference.model import Model
 from plm.randomness import stable_hash
 
 

@@ -20,7 +20,7 @@ from plm.models.char_cnn import CharacterEncoder
 from plm.models.heads import NextSentenceHead, VocabularyHead
 from plm.models.layers import LayerNorm, Noise, Stack, Table, constrain_rows, dropout, dropout_parameter
 from plm.models.lstm import LstmBlock, reverse_within
-from plm.models.transformer import TransformerBlock, attention_mask
+from plm.models.transformer import TransformerBlock, attention_mask, continued_mask
 
 DIRECTIONS = ("forward", "both", "full")
 
@@ -52,8 +52,8 @@ class Embedding(nnx.Module):
         words = batch.get("shared", {}).get("words")
         return None if words is None else constrain_rows(self.characters(constrain_rows(words)))
 
-    def __call__(self, tokens, segments, noise: Noise | None, table: jax.Array | None, name: str):
-        """-> [B, T, width]; `name` keeps the noise of two towers apart.
+    def __call__(self, tokens, segments, noise: Noise | None, table: jax.Array | None, name: str, start=None):
+        """-> [B, T, width]; `name` keeps the noise of two towers apart. start: int32 [B], the first token's position.
 
         tokens: ids [B, T]; characters [B, T, 50]; or, with `table`, rows of it: the distinct words' vectors, or GPT's
         dropped matrix.
@@ -66,7 +66,9 @@ class Embedding(nnx.Module):
             x = self.tokens(tokens, self.dtype)
         if self.segments is not None and segments is not None:
             x = x + self.segments(segments, self.dtype)
-        if self.positions is not None:
+        if self.positions is not None and start is not None:
+            x = x + self.positions(start[:, None] + jnp.arange(x.shape[1])[None], self.dtype)
+        elif self.positions is not None:
             positions = self.positions.table[: x.shape[1]]
             if self.on_matrix:
                 positions = dropout_parameter(positions, self.rate, noise, "embedding/positions")
@@ -80,7 +82,8 @@ class LanguageModel(nnx.Module):
     """`outputs, carry = model(batch, carry, key=None, layers=False)`; no key, no dropout.
 
     Reads from the batch (rows first): tokens [B, T], characters [B, T, 50] or words [B, T] (places in shared/words);
-    optional length [B], segments [B, T], row [B] (global row, for the noise); with two towers optionally the inputs
+    optional length [B], segments [B, T], row [B] (global row, for the noise), start [B] (position of the first token,
+    where a Transformer goes on with a cache); with two towers optionally the inputs
     with `_backward`, the backward stream in its own reading order, else the tokens reversed within their length.
 
     Outputs: `hidden` [B, T, W] (direction forward or full), or `forward` and `backward` [B, T, W] (two towers).
@@ -89,7 +92,8 @@ class LanguageModel(nnx.Module):
     first, both towers concatenated and aligned, on request.
 
     carry: {"forward": {"c" [B, L, C], "m" [B, L, P]}, "backward": ...} float32 for LSTM towers that read left to right
-    or right to left; `{}` in means fresh zeros and `{}` out, and is the only carry of every other model.
+    or right to left; `{}` in means fresh zeros and `{}` out, and is the only carry of every other model in training.
+    {"forward": `initial_cache(...)`} continues rows token by token, without dropout.
     """
 
     def __init__(self, config, size: int, objectives: tuple[str, ...], *, dtype: jnp.dtype, rngs: nnx.Rngs):
@@ -137,7 +141,9 @@ class LanguageModel(nnx.Module):
         self.remat, self.unroll = config.remat == "blocks", config.scan.unroll
         self.output_dropout = model.dropout if model.architecture == "lstm" else 0.0
         self.n_layers, self.max_positions = model.layers, model.get("max_positions") or 0
-        if model.architecture == "lstm":
+        if model.architecture == "transformer":
+            self.head_shape = (model.heads, model.width // model.heads)
+        else:
             self.state_widths = (model.lstm.cells, model.lstm.projection or model.lstm.cells)
 
     def initial_carry(self, batch_size: int) -> dict:
@@ -154,10 +160,35 @@ class LanguageModel(nnx.Module):
 
         return {"forward": zeros(), "backward": zeros()} if self.direction == "both" else {"forward": zeros()}
 
-    def _tower(self, stack: Stack, x, state, noise: Noise | None, length, layers: bool):
+    def initial_cache(self, batch_size: int, length: int) -> dict:
+        """What the forward tower remembers of rows of up to `length` tokens, before the first one.
+
+        LSTMs: their state, of one size for any length. Transformers: key and value [L, B, length, H, D]; with
+        batch["start"] tokens read, the places from there on are free and what they hold is never seen. Layers are
+        first there, so that no step of generation has to turn them.
+        """
+        if self.direction == "full":
+            raise UserError("a model that sees both sides of each token cannot be continued token by token")
+        if self.architecture == "lstm":
+            return self.initial_carry(batch_size)["forward"]
+        shape = (self.n_layers, batch_size, length, *self.head_shape)
+        return {"key": jnp.zeros(shape, self.embedding.dtype), "value": jnp.zeros(shape, self.embedding.dtype)}
+
+    def _continue(self, cache: dict, x, start, options: dict):
+        """A Transformer's forward tower behind the `start` [B] tokens of the cache; returns (last, cache, layers)."""
+        B, T = x.shape[:2]
+        mask = continued_mask(start, cache["key"].shape[2], T)
+        y, new, outputs = self.blocks(x, cache, None, mask=mask, **options)
+        places = start[:, None] + jnp.arange(T)[None]
+        rows = jnp.arange(B)[:, None]
+        return y, jax.tree.map(lambda old, n: old.at[:, rows, places].set(n, mode="drop"), cache, new), outputs
+
+    def _tower(self, stack: Stack, x, state, noise: Noise | None, length, layers: bool, start=None):
         """Runs one tower; `state` rows-first or None. Returns (last, new state rows-first or None, layers or None)."""
         T = x.shape[1]
         options = {"remat": self.remat, "unroll": self.unroll, "collect": layers}
+        if self.architecture == "transformer" and state is not None:
+            return self._continue(state, x, start, options)
         if self.architecture == "transformer":
             mask = attention_mask(length, T, causal=self.direction != "full")
             y, _, outputs = stack(x, None, noise, mask=mask, **options)
@@ -185,8 +216,9 @@ class LanguageModel(nnx.Module):
         rows = self.embedding.word_vectors(batch) if table is None else table
         outputs, new_carry = {}, {}
 
-        x = self.embedding(inputs, segments, noise, rows, "forward")
-        y, state, by_layer = self._tower(self.blocks, x, carry.get("forward"), forward_noise, length, layers)
+        start = batch.get("start")
+        x = self.embedding(inputs, segments, noise, rows, "forward", start)
+        y, state, by_layer = self._tower(self.blocks, x, carry.get("forward"), forward_noise, length, layers, start)
         if layers:
             by_layer = jnp.concatenate([x[None], by_layer])
         if carry:

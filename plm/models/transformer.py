@@ -12,7 +12,11 @@ MASKED_SCORE = -1e9  # exp() of it is exactly 0 in float32: the papers' -1e9 and
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention; softmax in float32; dropout on the probabilities."""
+    """Multi-head self-attention; softmax in float32; dropout on the probabilities.
+
+    past: {"key", "value"} [B, S, H, D] of S places before these T tokens, or None. Returns (output [B, T, W], {"key",
+    "value"} [B, T, H, D] of these tokens). The mask's last axis is S + T then, the past first.
+    """
 
     def __init__(self, config, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         def dense():
@@ -22,18 +26,28 @@ class Attention(nnx.Module):
         self.heads = config.heads
         self.rate = config.attention_dropout
 
-    def __call__(self, x_BxTxW: jax.Array, mask_BxTxT: jax.Array | None, noise: Noise | None) -> jax.Array:
+    def __call__(self, x_BxTxW: jax.Array, mask: jax.Array | None, noise: Noise | None, past: dict | None = None):
         B, T, W = x_BxTxW.shape
         heads = (B, T, self.heads, W // self.heads)
         q_BxTxHxD = self.query(x_BxTxW).reshape(heads) * jnp.asarray(1.0 / math.sqrt(W // self.heads), x_BxTxW.dtype)
         k_BxTxHxD = self.key(x_BxTxW).reshape(heads)
         v_BxTxHxD = self.value(x_BxTxW).reshape(heads)
         s_BxHxTxT = jnp.einsum("bqhd,bkhd->bhqk", q_BxTxHxD, k_BxTxHxD, preferred_element_type=jnp.float32)
-        if mask_BxTxT is not None:
-            s_BxHxTxT = jnp.where(mask_BxTxT[:, None], s_BxHxTxT, MASKED_SCORE)
+        if past is not None:
+            # The past stays where it is: joining it with the new keys would copy it in every layer for every token.
+            s_past = jnp.einsum("bqhd,bkhd->bhqk", q_BxTxHxD, past["key"], preferred_element_type=jnp.float32)
+            s_BxHxTxT = jnp.concatenate([s_past, s_BxHxTxT], axis=-1)
+        if mask is not None:
+            s_BxHxTxT = jnp.where(mask[:, None], s_BxHxTxT, MASKED_SCORE)
         p_BxHxTxT = jax.nn.softmax(s_BxHxTxT, axis=-1).astype(x_BxTxW.dtype)
         p_BxHxTxT = dropout(p_BxHxTxT, self.rate, noise, "attention/probabilities")
-        return self.output(jnp.einsum("bhqk,bkhd->bqhd", p_BxHxTxT, v_BxTxHxD).reshape(B, T, W))
+        if past is None:
+            o_BxTxHxD = jnp.einsum("bhqk,bkhd->bqhd", p_BxHxTxT, v_BxTxHxD)
+        else:
+            p_past, p_new = jnp.split(p_BxHxTxT, [past["key"].shape[1]], axis=-1)
+            o_BxTxHxD = jnp.einsum("bhqk,bkhd->bqhd", p_past, past["value"])
+            o_BxTxHxD = o_BxTxHxD + jnp.einsum("bhqk,bkhd->bqhd", p_new, v_BxTxHxD)
+        return self.output(o_BxTxHxD.reshape(B, T, W)), {"key": k_BxTxHxD, "value": v_BxTxHxD}
 
 
 class Mlp(nnx.Module):
@@ -59,10 +73,12 @@ class TransformerBlock(nnx.Module):
         self.rate = config.dropout
 
     def __call__(self, x, state, layer, noise: Noise | None, *, mask):
-        """x [B, T, W], mask bool [B or 1, T, T] (query, key) or None; `state` is unused and returned as it came."""
-        attended = dropout(self.attention(x, mask, noise), self.rate, noise, "attention/output")
-        n = self.attention_norm(x + attended)
-        return self.mlp_norm(n + dropout(self.mlp(n), self.rate, noise, "mlp/output")), state
+        """x [B, T, W], mask bool [B or 1, T, T] (query, key) or None. state: keys and values of what was read before,
+        see `Attention`; returned are those of x, or None where there was none."""
+        attended, new = self.attention(x, mask, noise, state)
+        n = self.attention_norm(x + dropout(attended, self.rate, noise, "attention/output"))
+        y = self.mlp_norm(n + dropout(self.mlp(n), self.rate, noise, "mlp/output"))
+        return y, None if state is None else new
 
 
 def attention_mask(length: jax.Array | None, T: int, causal: bool) -> jax.Array | None:
@@ -78,3 +94,11 @@ def attention_mask(length: jax.Array | None, T: int, causal: bool) -> jax.Array 
         keys = (jnp.arange(T)[None, :] < length[:, None])[:, None, :]
         mask = keys & (mask if mask is not None else jnp.ones((1, T, 1), bool))
     return mask
+
+
+def continued_mask(start: jax.Array, S: int, T: int) -> jax.Array:
+    """bool [B, T, S + T]: T tokens behind `start` [B] filled places of S; each sees those and up to itself."""
+    past = jnp.arange(S)[None, None, :] < start[:, None, None]
+    new = jnp.tril(jnp.ones((1, T, T), bool))
+    B = start.shape[0]
+    return jnp.concatenate([jnp.broadcast_to(past, (B, T, S)), jnp.broadcast_to(new, (B, T, T))], axis=-1)

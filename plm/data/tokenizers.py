@@ -66,6 +66,7 @@ _LOWERCASE = {"wordpiece": True, "bpe": True, "byte_bpe": False, "words": False}
 
 _UNTOUCHED_BY_FTFY = re.compile(r"[\t\n -%'-~]*")  # ASCII without control characters and HTML entities
 _DASHES = str.maketrans({"—": "-", "–": "-", "―": "-", "…": "...", "´": "'"})
+_QUOTES = ((ftfy.chardata.SINGLE_QUOTE_RE, "'"), (ftfy.chardata.DOUBLE_QUOTE_RE, '"'))  # that ftfy makes straight
 _PUNCTUATION_RUN = re.compile(r"([-~!\";?+,)(/*\[\]}{|_])\1*")
 
 
@@ -218,6 +219,21 @@ class Tokenizer:
             backend = tokenizers.Tokenizer(models.WordLevel(ids, unk_token=self.vocabulary[self.role("unk")]))
             backend.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(" ")
         return backend
+
+    def standalone(self) -> tokenizers.Tokenizer:
+        """The library's tokenizer with all that happens to a sentence before it: for programs that have only that.
+
+        The ids are those of `encode`, but for text of kind "bpe" that ftfy mends in other ways than by straight quotes
+        and composed characters (mojibake, ligatures, HTML entities), and for a capital sigma at a word's end.
+        """
+        whole = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        if self.kind == "byte_bpe":
+            whole.normalizer = normalizers.Prepend(" ")
+        elif self.kind in ("bpe", "words"):
+            whole.normalizer = normalizers.Sequence(_splitting(self.kind, self.lowercase, self.pretokenized))
+            if self.kind == "bpe":
+                whole.decoder = decoders.BPEDecoder(suffix="</w>")
+        return whole
 
     def __reduce__(self):
         settings = (self.roles, self.merges, self.lowercase, self.pretokenized, self.added)
@@ -559,6 +575,30 @@ def _split(kind: str, text: str, pretokenized: bool) -> list[str]:
     if pretokenized:
         return text.split()
     return english_words(standardize(text) if kind == "bpe" else text)
+
+
+def _splitting(kind: str, lowercase: bool, pretokenized: bool) -> list[normalizers.Normalizer]:
+    """`_split` and lower case as steps of the library, which end in words with spaces between them.
+
+    Oniguruma reads the same expressions. `(...)\\K` matches the empty place behind: a space is put there. An
+    empty match at the very beginning, which makes the library panic, is impossible here.
+    """
+    space = r"\s+" if pretokenized else r"[^\S\n]+"
+    if kind == "bpe" and not pretokenized:
+        run = _PUNCTUATION_RUN.pattern
+        marks = run[1 : run.rindex("]") + 1]
+        rules = [(quotes.pattern, plain) for quotes, plain in _QUOTES]
+        rules += [(re.escape(chr(dash)), plain) for dash, plain in _DASHES.items()]
+        rules += [(rf"{run}\K", " "), (rf"(?<=[^{marks[1:]})(?={marks})", " "), (r"\s*\n\s*", " \n "), (space, " ")]
+        before: list[normalizers.Normalizer] = [normalizers.NFC()]
+        after: list[normalizers.Normalizer] = [normalizers.Strip()]
+    else:
+        rules, before, after = [(space, " ")], [], []
+    if not pretokenized:
+        after.append(normalizers.Replace(tokenizers.Regex(rf"(?x)(?:{_WORD.pattern})\K"), " "))
+    if lowercase:
+        after.append(normalizers.Lowercase())
+    return [*before, *(normalizers.Replace(tokenizers.Regex(rule), text) for rule, text in rules), *after]
 
 
 def _count_words(kind: str, texts: Iterable[str], lowercase: bool, pretokenized: bool) -> dict[str, int]:

@@ -22,6 +22,7 @@ import numpy as np
 from etils import epath
 
 from plm.errors import UserError
+from plm.training import config as configs
 
 FORMATS = ("elmo_hdf5", "openai_npy", "huggingface", "flax_msgpack", "bert_tf")
 
@@ -303,6 +304,25 @@ def read_json(path: epath.Path):
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
         raise UserError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def describe(tokenizer, layout: str, seq_len: int, model: Mapping, objectives: Iterable[str]):
+    """The resolved config of a model from elsewhere: what it is and how its text is read, nothing of its training."""
+    config = configs.base()
+    settings = {
+        "data.layout": layout,
+        "data.tokenizer.kind": tokenizer.kind,
+        "data.tokenizer.vocab": tokenizer.size,
+        "data.tokenizer.lowercase": tokenizer.lowercase,
+        "data.tokenizer.pretokenized": tokenizer.pretokenized,
+        "seq_len": seq_len,
+        "total_steps": 1,
+    }
+    configs.apply(config, settings)
+    configs.set_model(config, model)
+    for objective in objectives:
+        configs.add_objective(config, objective)
+    return configs.resolve(config)
 
 
 def check_vocabulary(source: object, tokenizer_size: int, rows: int) -> None:

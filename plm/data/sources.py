@@ -1,11 +1,13 @@
 """Corpora: one spec string -> documents of sentences, in shards that are read independently and in bounded memory.
 
     pydocs                            the English documentation inside this CPython, cleaned to prose
+    pydocs#without_tasks              the same without the packages that the embedded tasks are made of
     text:GLOB                         blank lines separate documents, one sentence a line; plain, .gz, .xz
     text:GLOB#split                   the lines of a document are joined and split into sentences
     jsonl:GLOB#field                  one JSON object a line; the field is a string or a list of strings (paragraphs)
     tfds:NAME[/config][:split]#field  a TensorFlow Datasets dataset, prepared once if it is not there (split: train)
     tfds:DIRECTORY[:split]#field      a prepared one; both need file_format=array_record and never import TensorFlow
+    task:NAME[,key=value...]          the texts of a task's train split, labels ignored (`plm.data.tasks`)
     module:function                   a user's own: the function returns a `Source`
     2*text:a/*.xz+0.5*pydocs          a mixture; a weight counts passes per epoch; a fraction is a fixed subset
 
@@ -123,7 +125,7 @@ def _uniform(name: str, document: Document) -> float:
 
 _WEIGHT = re.compile(r"(\d+\.?\d*|\.\d+)\*")
 _PLUGIN = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-_NEXT_TERM = re.compile(r"\+(?=(?:(?:\d+\.?\d*|\.\d+)\*)?(?:pydocs(?=\+|$)|[A-Za-z_][\w.]*:\S))")
+_NEXT_TERM = re.compile(r"\+(?=(?:(?:\d+\.?\d*|\.\d+)\*)?(?:pydocs(?:#without_tasks)?(?=\+|$)|[A-Za-z_][\w.]*:\S))")
 
 
 def parse(spec: str, *, invalid_utf8: str = "error") -> Source:
@@ -149,8 +151,12 @@ def parse(spec: str, *, invalid_utf8: str = "error") -> Source:
 
 def _single(term: str, invalid_utf8: str) -> Source:
     scheme, colon, body = term.partition(":")
-    if term == "pydocs":
-        return PythonDocumentation()
+    if term in ("pydocs", "pydocs#without_tasks"):
+        return PythonDocumentation(without_tasks=term != "pydocs")
+    if scheme == "task" and colon:
+        from plm.data.tasks import TaskText  # tasks are read by way of this module
+
+        return TaskText(term, body)
     if colon and scheme in ("text", "jsonl", "tfds"):
         kind = {"text": Text, "jsonl": JsonLines, "tfds": TensorFlowDataset}[scheme]
         return kind(term, body, invalid_utf8)
@@ -283,8 +289,8 @@ def _parts(name: str, sentences: Iterable[str]) -> Iterator[Document]:
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def _open(path: str):
-    """The file as a stream of (decompressed) bytes."""
+def open_bytes(path: str):
+    """The file as a stream of (decompressed) bytes; a damaged one raises one of `DAMAGED` where it is read."""
     if path.endswith(".gz"):
         return gzip.open(path, "rb")
     if path.endswith(".xz"):
@@ -292,7 +298,7 @@ def _open(path: str):
     return open(path, "rb")
 
 
-_DAMAGED = (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError)
+DAMAGED = (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError)
 
 
 def _damaged(path: str, error: Exception) -> UserError:
@@ -341,7 +347,7 @@ def _scan(path: str) -> Scan:
     digest, size, blank, invalid, first = hashlib.blake2b(digest_size=16), 0, True, 0, -1
     pending = b""
     try:
-        with _open(path) as stream:
+        with open_bytes(path) as stream:
             while True:
                 block = stream.read(1 << 16)
                 digest.update(block)
@@ -360,7 +366,7 @@ def _scan(path: str) -> Scan:
                 pending = bytes(data[at:])
                 if not block:
                     return Scan(digest.hexdigest(), size, blank, invalid, first)
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise _damaged(path, error) from None
 
 
@@ -536,9 +542,9 @@ class TextShard(Shard):
     def documents(self) -> Iterator[Document]:
         for piece in self.ranges:
             try:
-                with _open(piece.path) as stream:
+                with open_bytes(piece.path) as stream:
                     yield from self._documents(piece, stream)
-            except _DAMAGED as error:
+            except DAMAGED as error:
                 raise _damaged(piece.path, error) from None
 
     def _documents(self, piece: Range, stream) -> Iterator[Document]:
@@ -596,14 +602,14 @@ class JsonLinesShard(Shard):
     def documents(self) -> Iterator[Document]:
         for piece in self.ranges:
             try:
-                with _open(piece.path) as stream:
+                with open_bytes(piece.path) as stream:
                     offset = _enter(stream, piece.start, piece.end)
                     while offset < piece.end and (raw := stream.readline(RECORD_BYTES)):
                         if raw.strip():
                             paragraphs = self._paragraphs(piece, offset, raw)
                             yield from _parts(f"{piece.name}:{offset}", _paragraph_sentences(paragraphs))
                         offset += len(raw)
-            except _DAMAGED as error:
+            except DAMAGED as error:
                 raise _damaged(piece.path, error) from None
 
     def _paragraphs(self, piece: Range, offset: int, raw: bytes) -> list[str]:
@@ -621,7 +627,7 @@ class JsonLinesShard(Shard):
 
 def _line_number(path: str, offset: int) -> int:
     """1-based; only an error message needs it, so it is counted only then."""
-    with _open(path) as stream:
+    with open_bytes(path) as stream:
         count = 1
         while offset > 0 and (block := stream.read(min(offset, 1 << 20))):
             count += block.count(b"\n")
@@ -675,7 +681,7 @@ class TensorFlowDataset(Source):
             version, _, split = split.partition(":")
             name = f"{name}:{version}"
         self.split = split or "train"
-        builder = _builder(spec, name)
+        builder = tfds_builder(spec, name)
         self.directory = str(builder.data_dir)
         try:
             self.info = builder.info.splits[self.split]
@@ -716,7 +722,7 @@ class TensorFlowDataset(Source):
         ]
 
 
-def _builder(spec: str, name: str):
+def tfds_builder(spec: str, name: str):
     """The prepared dataset of a directory, or of a name of the catalogue, which is prepared if it is not there."""
     import tensorflow_datasets as tfds
 
@@ -785,17 +791,25 @@ class TensorFlowDatasetShard(Shard):
 
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data", "turtledemo"}
 _MODULES_PER_SHARD = 80
+# What the embedded tasks are made of (`plm.data.docstrings`): packages of many docstrings that every CPython has.
+TASK_PACKAGES = (
+    "asyncio", "email", "http", "importlib", "logging", "multiprocessing", "tkinter", "unittest", "xml",
+)  # fmt: skip
 
 
 class PythonDocumentation(Source):
     """`pydocs`: `pydoc_data.topics` and the docstrings of the standard library of the Python that runs.
 
     One document per topic or module, about 1.7 MB of prose. Sources are parsed, never imported. The text differs
-    between Python versions.
+    between Python versions. without_tasks: leaves out the packages of `TASK_PACKAGES`, for pretraining before the
+    embedded tasks: about 1.3 MB.
     """
 
-    spec = "pydocs"
     licence = "PSF-2.0"
+
+    def __init__(self, *, without_tasks: bool = False):
+        self.without_tasks = without_tasks
+        self.spec = "pydocs#without_tasks" if without_tasks else "pydocs"
 
     @functools.cached_property
     def files(self) -> list[tuple[str, str]]:
@@ -808,7 +822,9 @@ class PythonDocumentation(Source):
                 if file.endswith(".py"):
                     path = os.path.join(folder, file)
                     module = os.path.relpath(path, root)[: -len(".py")].replace(os.sep, ".")
-                    found.append((module.removesuffix(".__init__"), path))
+                    module = module.removesuffix(".__init__")
+                    if not (self.without_tasks and module.split(".")[0] in TASK_PACKAGES):
+                        found.append((module, path))
         topics = os.path.join(root, "pydoc_data", "topics.py")
         return [("topics", topics)] * os.path.isfile(topics) + sorted(found)
 
@@ -816,7 +832,7 @@ class PythonDocumentation(Source):
     def fingerprint(self) -> str:
         stats = [(module, os.stat(path).st_size, os.stat(path).st_mtime_ns) for module, path in self.files]
         key = [VERSION, sys.version, sysconfig.get_path("stdlib"), _digest(stats)]
-        remembered = cache_directory() / "scans" / f"{stable_hash('pydocs', *key, bits=128):032x}.json"
+        remembered = cache_directory() / "scans" / f"{stable_hash(self.spec, *key, bits=128):032x}.json"
         try:
             record = json.loads(remembered.read_text("utf-8"))
             if record["key"] == key:
@@ -826,7 +842,7 @@ class PythonDocumentation(Source):
         digest = hashlib.blake2b(digest_size=16)
         for document in self.documents():
             digest.update("\n".join((*document.sentences, "", "")).encode())
-        fingerprint = _digest("pydocs", digest.hexdigest())
+        fingerprint = _digest(self.spec, digest.hexdigest())
         _remember(remembered, {"key": key, "fingerprint": fingerprint})
         return fingerprint
 

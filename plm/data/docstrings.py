@@ -1,0 +1,131 @@
+"""The embedded tasks, made from the docstrings of this CPython's own packages; nothing is downloaded.
+
+    docstring_package     which of nine packages a docstring belongs to. Split by module: in each package whole modules
+                          go to train, dev or test, so that no text of a module is on two sides.
+    docstring_signature   which of four first sentences belongs to a function's signature; the others are of functions
+                          of the same package. Split by package.
+
+The packages are `sources.TASK_PACKAGES`, and `pydocs#without_tasks` is the corpus without them, so a model pretrained
+on it has seen neither side of the tasks. A text that occurs more than once (the same docstring in several classes) is
+in neither task. The examples depend on the Python version, as `pydocs` does.
+"""
+
+import ast
+import functools
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from plm.data.sources import TASK_PACKAGES, PythonDocumentation, prose
+from plm.data.task_files import Record
+from plm.errors import UserError
+from plm.randomness import stable_hash
+
+SIGNATURE_SPLITS = {"http": "dev", "logging": "dev", "unittest": "test", "xml": "test"}  # all others: train
+MOST = 300  # docstrings of one package in docstring_package, so that the largest is no more than a quarter
+CHOICES = 4
+
+
+class Docstring(NamedTuple):
+    """place: module:line; signature: `def name(arguments)`, "" of modules and classes; sentences: its prose."""
+
+    module: str
+    place: str
+    signature: str
+    sentences: tuple[str, ...]
+
+    @property
+    def package(self) -> str:
+        return self.module.partition(".")[0]
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.sentences)
+
+
+@functools.cache
+def docstrings() -> tuple[Docstring, ...]:
+    """All docstrings with prose of the tasks' packages, by module and line; repeated texts are left out."""
+    found = [
+        docstring
+        for module, path in PythonDocumentation().files
+        if module.partition(".")[0] in TASK_PACKAGES
+        for docstring in _read(module, path)
+    ]
+    if not found:
+        raise UserError("this Python comes without the source of its library, which the embedded tasks are made of")
+    often = Counter(docstring.text for docstring in found)
+    return tuple(docstring for docstring in found if often[docstring.text] == 1)
+
+
+def _read(module: str, path: str) -> Iterator[Docstring]:
+    with open(path, "rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)
+        try:
+            tree = ast.parse(file.read())
+        except (SyntaxError, ValueError):
+            return
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, (ast.Module, ast.ClassDef, *functions))]
+    for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
+        sentences = tuple(prose(ast.get_docstring(node) or ""))
+        if sentences:
+            signature = f"def {node.name}({ast.unparse(node.args)})" if isinstance(node, functions) else ""
+            yield Docstring(module, f"{module}:{getattr(node, 'lineno', 1)}", signature, sentences)
+
+
+def _module_splits() -> dict[str, str]:
+    """{module: split}: about 15% of each package's docstrings are dev and as many test, in whole modules.
+
+    Modules are taken by the hash of their name; a package of few modules has the smallest ones in dev and test.
+    """
+    sizes = Counter(docstring.module for docstring in docstrings())
+    splits = {}
+    for package in TASK_PACKAGES:
+        own = [module for module in sizes if module.partition(".")[0] == package]
+        share = 0.15 * sum(sizes[module] for module in own)
+        # A module larger than both shares together would take most of the package away from training.
+        movable = [module for module in own if sizes[module] <= 2 * share]
+        if len(movable) < 2:
+            movable = sorted(own, key=lambda module: sizes[module])[:-1][:2]
+        movable.sort(key=lambda module: stable_hash("docstring_package", module, bits=64))
+        held = {"dev": 0, "test": 0}
+        for module in movable:
+            split = min(held, key=held.__getitem__)
+            if held[split] < share:
+                splits[module] = split
+                held[split] += sizes[module]
+    return {module: splits.get(module, "train") for module in sizes}
+
+
+def read_packages(split: str) -> Iterator[Record]:
+    """docstring_package: id, text, label."""
+    splits = _module_splits()
+    by_package = defaultdict(list)
+    for docstring in docstrings():
+        by_package[docstring.package].append(docstring)
+    for package, own in by_package.items():
+        kept = set(sorted((one.place for one in own), key=lambda p: stable_hash("kept", p, bits=64))[:MOST])
+        for one in own:
+            if one.place in kept and splits[one.module] == split:
+                yield Record(one.place, {"id": one.place, "text": one.text, "label": package})
+
+
+def read_signatures(split: str) -> Iterator[Record]:
+    """docstring_signature: id, context (the signature), choices, label (number as text)."""
+    by_package = defaultdict(dict)
+    for one in docstrings():
+        if one.signature and SIGNATURE_SPLITS.get(one.package, "train") == split:
+            by_package[one.package].setdefault(one.sentences[0], one)
+    for own in by_package.values():
+        functions = list(own.values())
+        if len(functions) < CHOICES:
+            continue
+        for one in functions:
+            others = sorted(functions, key=lambda other: stable_hash(one.place, other.place, bits=64))
+            choices = [other.sentences[0] for other in others if other is not one][: CHOICES - 1]
+            right = stable_hash("right", one.place) % CHOICES
+            choices.insert(right, one.sentences[0])
+            values = {"id": one.place, "context": one.signature, "choices": choices, "label": str(right)}
+            yield Record(one.place, values)

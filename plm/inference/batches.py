@@ -28,7 +28,7 @@ def everywhere() -> NamedSharding:
 
 
 def power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
+    return 1 << max(int(n) - 1, 0).bit_length()
 
 
 def bucket(n: int, longest: int | None = None) -> int:

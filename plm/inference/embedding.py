@@ -11,19 +11,36 @@ import numpy as np
 from plm.errors import UserError
 from plm.inference import batches, reading
 from plm.inference.reading import Reading, Text, Window
+from plm.models import scalar_mix
 from plm.models.graph import ModelGraph
 
 UNITS = ("words", "subwords")
 POOLINGS = ("mean", "first", "last")
-MIXES = ("none", "sum", "mean", "concat")
+MIXES = ("none", "sum", "mean", "concat", "scalar")
+LAYER_NORMS = ("none", "bilm", "allennlp")
 CNN_WORDS = 256  # distinct words that pass ELMo's convolutions together
+
+
+@dataclasses.dataclass(frozen=True)
+class ScalarMix:
+    """ELMo's mix (section 3.2): gamma x sum over layers of softmax(weights) x layer.
+
+    weights: one for each layer, before the softmax; None: all equal. layer_norm: each layer is first brought to mean 0
+    and variance 1 over all that a text has in it; "bilm" (bilm-tf) leaves the sentence markers out of both numbers and
+    gives them zeros, "allennlp" counts them. Both published programs take the numbers of whatever batch a text stands
+    in; here each text (or window) is a batch of its own, so that its vectors are its own.
+    """
+
+    weights: tuple[float, ...] | None = None
+    gamma: float = 1.0
+    layer_norm: str = "none"
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What is wanted, checked. layers: numbers from 0; several: whether the result has an axis of layers; mix: "none",
-    "concat", or a float for each layer; room, stride: pieces of a text in a window (None: no limit) and from one
-    window's start to the next one's."""
+    "concat", a float for each layer, or a ScalarMix with weights; room, stride: pieces of a text in a window (None: no
+    limit) and from one window's start to the next one's."""
 
     layers: tuple[int, ...]
     several: bool
@@ -83,11 +100,18 @@ def _mix(mix, layers: tuple[int, ...]):
     if isinstance(mix, str):
         if mix not in MIXES:
             raise UserError(f"mix={mix!r} must be one of {', '.join(MIXES)}, or a weight for each layer")
-        return {"concat": "concat", "sum": (1.0,) * len(layers), "mean": (1.0 / len(layers),) * len(layers)}[mix]
-    weights = tuple(float(weight) for weight in mix)
+        n = len(layers)
+        scalar = ScalarMix((0.0,) * n)
+        return {"concat": "concat", "sum": (1.0,) * n, "mean": (1.0 / n,) * n, "scalar": scalar}[mix]
+    scalar = isinstance(mix, ScalarMix)
+    if scalar and mix.layer_norm not in LAYER_NORMS:
+        raise UserError(f"layer_norm={mix.layer_norm!r} must be one of {', '.join(LAYER_NORMS)}")
+    if scalar and mix.weights is None:
+        return dataclasses.replace(mix, weights=(0.0,) * len(layers))
+    weights = tuple(float(weight) for weight in (mix.weights if scalar else mix))
     if len(weights) != len(layers) or not np.isfinite(weights).all():
-        raise UserError(f"mix={mix!r} must have a finite weight for each of the {len(layers)} layers")
-    return weights
+        raise UserError(f"mix={weights} must have a finite weight for each of the {len(layers)} layers")
+    return dataclasses.replace(mix, weights=weights) if scalar else weights
 
 
 # ---------------------------------------------------------------------------------------------------------- the texts
@@ -167,8 +191,9 @@ def in_order(
                 batch["carry"] = jax.tree.map(lambda *leaves: np.stack(leaves), *carries)
                 vectors, after = jax.tree.map(np.asarray, _run(model, batch, options, source.looked_up))
                 for row, number in enumerate(here):
-                    states[number] = jax.tree.map(lambda leaf, row=row: leaf[row], after)
                     window = windows[indices[row]]
+                    if window.stop + framed:  # a row of nothing is padded with one token, which is no part of the text
+                        states[number] = jax.tree.map(lambda leaf, row=row: leaf[row], after)
                     taken = vectors[:, row, : window.stop + framed]
                     yield int(window.text), _units(taken, read, window.text, model.frame, options)
 
@@ -272,13 +297,21 @@ class _Lookup:
 
 def _run(model, batch: dict, options: Options, looked_up: bool):
     """[layers, rows, T, features] float32 of a batch, and the states after it if it brought some."""
-    kind = "none" if options.mix == "none" else "concat" if options.mix == "concat" else "weights"
-    if kind == "weights":
-        batch.setdefault("shared", {})["weights"] = np.array(options.mix, np.float32)
-    return model.run(_layers_program, batch, layers=options.layers, mix=kind, looked_up=looked_up)
+    kind, mix = options.mix, options.mix
+    if isinstance(mix, ScalarMix):
+        kind = f"scalar {mix.layer_norm}"
+        weights = {"weights": np.array(mix.weights, np.float32), "gamma": np.float32(mix.gamma)}
+        batch["shared"] = batch.get("shared", {}) | weights
+    elif not isinstance(mix, str):
+        kind = "weights"
+        batch["shared"] = batch.get("shared", {}) | {"weights": np.array(mix, np.float32)}
+    frame = tuple(map(len, model.frame))
+    return model.run(_layers_program, batch, layers=options.layers, mix=kind, frame=frame, looked_up=looked_up)
 
 
-def _layers_program(graph: ModelGraph, layers: tuple[int, ...], mix: str, looked_up: bool) -> Callable:
+def _layers_program(
+    graph: ModelGraph, layers: tuple[int, ...], mix: str, frame: tuple[int, int], looked_up: bool
+) -> Callable:
     def program(params, batch):
         model = graph.bind(params)
         batch = dict(batch)
@@ -291,9 +324,25 @@ def _layers_program(graph: ModelGraph, layers: tuple[int, ...], mix: str, looked
             found = jnp.concatenate(list(found), axis=-1)[None]
         elif mix == "weights":
             found = jnp.einsum("lbtf,l->btf", found, shared["weights"])[None]
+        elif mix.startswith("scalar"):
+            found = _scalar_mix(found, shared, batch["length"], mix.removeprefix("scalar "), frame)[None]
         return (found, after) if carry else found
 
     return program
+
+
+def _scalar_mix(layers_LxBxTxF, shared: dict, length_B, layer_norm: str, frame: tuple[int, int]) -> jax.Array:
+    """[B, T, F]; each row by itself."""
+    before, after = frame if layer_norm == "bilm" else (0, 0)
+    at = jnp.arange(layers_LxBxTxF.shape[2])[None]
+    mask_BxT = (at >= before) & (at < length_B[:, None] - after)
+
+    def row(layers_LxTxF, mask_T):
+        mask = None if layer_norm == "none" else mask_T[None]
+        options = {"layer_norm": layer_norm != "none"}
+        return scalar_mix.mix(layers_LxTxF[:, None], shared["weights"], shared["gamma"], mask, **options)[0]
+
+    return jax.vmap(row, in_axes=(1, 0))(layers_LxBxTxF, mask_BxT)
 
 
 def _words_program(graph: ModelGraph) -> Callable:

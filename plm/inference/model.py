@@ -211,7 +211,7 @@ class Model:
         *,
         pooling: str = "mean",
         specials: bool = False,
-        mix: str | Sequence[float] | None = None,
+        mix: "str | Sequence[float] | embedding.ScalarMix | None" = None,
         window: int | None = None,
         stride: int | None = None,
         stateful: bool = False,
@@ -227,7 +227,7 @@ class Model:
           pooling: "mean", "first" or "last" piece.
           specials: also the vectors of what frames the text, as first and last units.
           mix: of several layers one vector: "sum", "mean", "concat", or a weight for each layer; None or "none" keeps
-            them apart. A `plm.models.scalar_mix.ScalarMix` is ELMo's.
+            them apart. ELMo's own is "scalar", or an `embedding.ScalarMix` with learned weights.
           window: pieces, the frame included, that are read at once; longer texts are read in several windows, one
             every `stride` pieces, and each piece's vector is from the window in which it has most context
             (`reading.windows`). By default all positions of the model, and half of that; LSTMs read any length whole.

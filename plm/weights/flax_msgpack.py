@@ -53,8 +53,7 @@ def _flatten(tree: dict, prefix: str):
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, np.ndarray):
+            yield f"{prefix}{key}", value
         else:
-            array = np.asarray(value)
-            if array.dtype == object:
-                raise ValueError(f"{prefix}{key} is no array")
-            yield f"{prefix}{key}", array
+            raise TypeError(f"{prefix}{key} is no array")

@@ -386,7 +386,7 @@ BAD = {
     "ill-typed value": (["total_steps=many"], r"total_steps='many' must be a whole number"),
     "vocabulary too small": (["data.tokenizer.vocab=5"], r"vocabulary size 5 is too small"),
     "regex without a parameter": (["optimizer.freeze=('nonsense',)"], r"'nonsense' matches no parameter"),
-    "no checkpoint to start from": (["init.from={files}/nothing"], r"nothing has no checkpoint"),
+    "no checkpoint to start from": (["init.from={files}/nothing"], r"nothing: there is no such folder"),
     "missing workdir": (["workdir="], r"--workdir must be given"),
 }
 

@@ -722,8 +722,11 @@ class TensorFlowDataset(Source):
         ]
 
 
-def tfds_builder(spec: str, name: str):
-    """The prepared dataset of a directory, or of a name of the catalogue, which is prepared if it is not there."""
+def tfds_builder(spec: str, name: str, *, prepare: bool = True):
+    """The prepared dataset of a directory, or of a name of the catalogue, which is prepared if it is not there.
+
+    prepare: False takes a dataset of the catalogue as it is; its features are known without its files.
+    """
     import tensorflow_datasets as tfds
 
     path = os.path.expanduser(name)
@@ -747,7 +750,7 @@ def tfds_builder(spec: str, name: str):
         ) from None
     except (ValueError, tfds.core.registered.DatasetNotFoundError) as error:
         raise UserError(f"data source {spec!r}: {_first_line(error)}") from None
-    if not builder.info.splits:
+    if prepare and not builder.info.splits:
         try:
             builder.download_and_prepare(file_format="array_record")
         except Exception as error:

@@ -202,6 +202,7 @@ TASKS: dict[str, Task] = {
 # ------------------------------------------------------------------------------------------------- names and settings
 
 SETTINGS = {
+    "name": "what the task is called in results; by default custom",
     "kind": f"one of {', '.join(KINDS)}",
     "files": "a folder, PATH with {split} in it, train=PATH+dev=PATH+test=PATH, or tfds:NAME",
     "reader": "table, conll, squad, dream, race, wic or mclwic; by default what the kind or the file's end says",
@@ -280,7 +281,7 @@ def custom(settings: Mapping[str, str]) -> Task:
     metrics = _list(settings, "metrics") or _DEFAULT_METRICS.get(kind, ("accuracy",))
     labels = _list(settings, "labels") or None
     return Task(
-        "custom",
+        settings.get("name", "custom"),
         kind,
         metrics,
         (layout,),
@@ -349,6 +350,8 @@ class TaskData:
 
     def _without_dev(self, train: Sequence[Example]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
         """(train, dev), in the file's order."""
+        if len(train) < 2:
+            raise UserError(f"{self._places['train']}: {len(train)} example, of which none can be held out as dev")
         if self.layout.dev is None:
             chosen = {example.id for example in fraction(train, DEV_FRACTION, name="dev")}
         else:

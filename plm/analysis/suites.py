@@ -1,6 +1,7 @@
 """The evaluations that any run can be given, in one table: `SUITES[name]` = (function, settings).
 
-A suite's function takes a `Run` and returns an `Outcome`: rows for results.jsonl and files for the workdir. `evaluate`
+A suite's function takes a `Run` (and, if it is one of tasks, the data of a task) and returns an `Outcome`: rows for
+results.jsonl and files for the workdir. `evaluate`
 runs suites one after the other, writes what each returns as soon as it is there, and passes over a suite whose rows are
 there already for that step, text and settings (`evaluations.json` says with which settings rows were made).
 
@@ -20,10 +21,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from plm.analysis import ngrams, pseudo_words, samples
+from plm.analysis import ngrams, overlap, pseudo_words, samples
 from plm.data import sources
 from plm.data.pipeline import Corpus, open_corpus
 from plm.data.store import Progress, locked, writable
+from plm.data.tasks import TaskData
 from plm.errors import UserError
 from plm.inference.model import Model, load, read_run, split_source
 from plm.models.graph import build
@@ -40,21 +42,24 @@ NGRAM_TOKENS = 100_000_000  # n-gram tables take about 200 bytes a token
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """rows: dicts with metric, split, n, value and perhaps predictions, low, high. files: name -> JSON value."""
+    """rows: dicts with metric, split, n, value and perhaps predictions, low, high. files: name -> JSON value. note:
+    what the user is told beside the number of rows."""
 
     rows: list[dict]
     files: dict[str, Any] = dataclasses.field(default_factory=dict)
+    note: str = ""
 
 
 class Run:
     """A run under evaluation; what is expensive is opened when the first suite asks for it.
 
-    spec: SRC[@STEP]. progress: show bars.
+    spec: SRC[@STEP]. tasks: what the suites of tasks are run on. progress: show bars.
 
     Errors: UserError when there is no such run or checkpoint, or its text is not what it was.
     """
 
-    def __init__(self, spec: str, *, progress: bool = True):
+    def __init__(self, spec: str, *, tasks: Sequence[TaskData] = (), progress: bool = True):
+        self.tasks = tuple(tasks)
         self.source, step = split_source(spec)
         self.workdir, self.progress = epath.Path(self.source), progress
         self.config, self.tokenizer = read_run(self.workdir)
@@ -101,6 +106,19 @@ class Run:
                     metrics.write_atomically(path, json.dumps(found))
         found = json.loads(path.read_text("utf-8"))
         return {"pairs": [_pair(pair) for pair in found["pairs"]], "samples": found["samples"]}
+
+    def train_documents(self) -> Iterator[Sequence[str]]:
+        """The sentences of every document that the run was trained on, read once more from its source."""
+        data = self.config.data
+        fraction = 0.0 if data.valid_source else data.valid_fraction
+        shards = sources.parse(data.source, invalid_utf8=data.invalid_utf8).shards()
+        bar = Progress("reading text", sum(shard.bytes for shard in shards), unit="B", enabled=self.progress)
+        for shard in shards:
+            for document in shard.documents():
+                if sources.split_of(document, fraction) == "train":
+                    yield document.sentences
+            bar.add(shard.bytes)
+        bar.close()
 
     def _train_documents(self, held_out: list) -> Iterator[Sequence[str]]:
         """The training documents; on the way puts the held-out ones into `held_out`."""
@@ -240,7 +258,8 @@ def evaluate_pseudo_words(run: Run, settings: pseudo_words.Settings) -> Outcome:
         embedder(run.model), pairs, control=embedder(run.model.initial()), settings=settings
     )
     bar.close()
-    return Outcome([row | {"predictions": SENSES} for row in rows], {SENSES: {"step": run.step, **record}})
+    rows = [row | {"predictions": SENSES} for row in rows]
+    return Outcome(rows, {SENSES: {"step": run.step, **record}}, record.get("reason", ""))
 
 
 def _fitting(model: Model, sentences: Sequence[list[str]], targets: Sequence[int]) -> tuple[list[list[str]], list[int]]:
@@ -263,12 +282,39 @@ def _layer_name(layer: int) -> str:
     return f"layer {layer}" if layer else "embedding"
 
 
+def evaluate_overlap(run: Run, settings: Mapping, data: TaskData) -> Outcome:
+    """The share of a task's runs of eight words, and of its examples, that the training text holds.
+
+    Kept in the cache by text and task, so that all runs over one corpus read it once.
+    """
+    key = (VERSION, dict(settings), run.corpus.meta["fingerprint"], data.fingerprint)
+    path = sources.cache_directory() / "overlaps" / f"{stable_hash('overlap', *key, bits=128):032x}.json"
+    if not path.exists():
+        with writable(path.parent), locked(path):
+            if not path.exists():
+                splits = {split: data.examples(split) for split in data.splits}
+                found = overlap.overlaps(splits, run.train_documents(), length=settings["length"])
+                metrics.write_atomically(path, json.dumps({name: vars(one) for name, one in found.items()}))
+    found = {name: overlap.Overlap(**one) for name, one in json.loads(path.read_text("utf-8")).items()}
+    rows = []
+    for split, one in found.items():
+        touched = one.touched / one.examples
+        rows.append({"metric": f"{data.name}/8_grams", "split": split, "n": one.runs, "value": one.share})
+        rows.append({"metric": f"{data.name}/examples", "split": split, "n": one.examples, "value": touched})
+    shares = ", ".join(f"{split} {one.share:.2%}" + " FLAGGED" * one.flagged for split, one in found.items())
+    return Outcome(rows, note=f"8-grams of {data.name} in the pretraining text: {shares}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """function(run, settings) -> Outcome; settings: a mapping or a dataclass, a part of what makes rows the same."""
+    """function(run, settings) -> Outcome, of a suite of tasks function(run, settings, data), once for each task.
 
-    function: Callable[[Run, Any], Outcome]
+    settings: a mapping or a dataclass, a part of what makes rows the same.
+    """
+
+    function: Callable[..., Outcome]
     settings: Any
+    of_tasks: bool = False
 
 
 SUITES: dict[str, Suite] = {
@@ -276,6 +322,7 @@ SUITES: dict[str, Suite] = {
     "samples": Suite(evaluate_samples, samples.Settings()),
     "pseudo_words": Suite(evaluate_pseudo_words, pseudo_words.Settings()),
     "perplexity": Suite(evaluate_perplexity, {}),
+    "overlap": Suite(evaluate_overlap, {"length": overlap.LENGTH}, of_tasks=True),
 }
 
 
@@ -289,30 +336,38 @@ def evaluate(
 
     again: also those that are there. say: gets a line for each suite.
 
-    Errors: UserError for an unknown suite, before anything runs, and whatever a suite refuses.
+    Errors: UserError for an unknown suite and for one of tasks without a task, before anything runs, and whatever a
+    suite refuses.
     """
     for name in names:
         if name not in SUITES:
             raise UserError(f"suite {name!r} is not known: choose from {', '.join(SUITES)}")
+        if SUITES[name].of_tasks and not run.tasks:
+            raise UserError(f"suite {name!r} is measured on tasks: --task=NAME[,files=...] names one")
     appended: list[metrics.Result] = []
     for name in dict.fromkeys(names):
-        suite = SUITES[name]
-        stamp = _stamp(run, suite.settings)
-        if not again and _is_there(run, name, stamp):
-            say(f"{name}: there already for step {run.step:,}")
-            continue
-        began = time.perf_counter()
-        outcome = suite.function(run, suite.settings)
-        rows = [_row(run, name, row) for row in outcome.rows]
-        for file, value in outcome.files.items():
-            metrics.write_atomically(run.workdir / file, json.dumps(value, indent=1) + "\n")
-        metrics.append_results(run.workdir, rows)
-        _note(run, name, stamp)
-        appended += rows
-        missing = outcome.files.get(SENSES, {}).get("reason")
-        seconds = time.perf_counter() - began
-        say(f"{name}: step {run.step:,}, {len(rows)} rows in {seconds:.1f} s" + (f" ({missing})" if missing else ""))
+        for data in run.tasks if SUITES[name].of_tasks else (None,):
+            appended += _evaluate_one(run, name, data, again, say)
     return appended
+
+
+def _evaluate_one(run: Run, name: str, data: TaskData | None, again: bool, say: Callable) -> list[metrics.Result]:
+    suite, label = SUITES[name], name if data is None else f"{name} {data.name}"
+    stamp = _stamp(run, suite.settings, data)
+    if not again and _is_there(run, name, label, stamp):
+        say(f"{label}: there already for step {run.step:,}")
+        return []
+    began = time.perf_counter()
+    outcome = suite.function(run, suite.settings, *(() if data is None else (data,)))
+    rows = [_row(run, name, row) for row in outcome.rows]
+    for file, value in outcome.files.items():
+        metrics.write_atomically(run.workdir / file, json.dumps(value, indent=1) + "\n")
+    metrics.append_results(run.workdir, rows)
+    _note(run, label, stamp)
+    seconds = time.perf_counter() - began
+    note = f" ({outcome.note})" if outcome.note else ""
+    say(f"{label}: step {run.step:,}, {len(rows)} rows in {seconds:.1f} s{note}")
+    return rows
 
 
 def _row(run: Run, suite: str, row: Mapping) -> metrics.Result:
@@ -321,11 +376,13 @@ def _row(run: Run, suite: str, row: Mapping) -> metrics.Result:
     return metrics.Result(run=name, step=run.step, suite=suite, pretrain_seed=run.config.seed, head_seed=None, **values)
 
 
-def _stamp(run: Run, settings: Any) -> dict:
+def _stamp(run: Run, settings: Any, data: TaskData | None) -> dict:
     """What rows of a suite depend on beside the checkpoint; comes back from JSON as it was."""
     settings = dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else dict(settings)
     evaluation = {"eval": run.config.eval.to_dict()}
     stamp = {"version": VERSION, "corpus": run.corpus.meta["fingerprint"], "settings": settings, **evaluation}
+    if data is not None:
+        stamp["task"] = data.fingerprint
     return json.loads(json.dumps(stamp))
 
 
@@ -337,8 +394,8 @@ def _noted(run: Run) -> dict:
         return {}  # a file that only saves time
 
 
-def _is_there(run: Run, name: str, stamp: dict) -> bool:
-    if _noted(run).get(f"{name}@{run.step}") != stamp:
+def _is_there(run: Run, name: str, label: str, stamp: dict) -> bool:
+    if _noted(run).get(f"{label}@{run.step}") != stamp:
         return False
     if not all(
         (run.workdir / file).exists() for file in {"samples": (SAMPLES,), "pseudo_words": (SENSES,)}.get(name, ())
@@ -348,6 +405,6 @@ def _is_there(run: Run, name: str, stamp: dict) -> bool:
     return name in there or name == "pseudo_words"
 
 
-def _note(run: Run, name: str, stamp: dict) -> None:
-    noted = _noted(run) | {f"{name}@{run.step}": stamp}
+def _note(run: Run, label: str, stamp: dict) -> None:
+    noted = _noted(run) | {f"{label}@{run.step}": stamp}
     metrics.write_atomically(run.workdir / EVALUATIONS, json.dumps(noted, indent=1) + "\n")

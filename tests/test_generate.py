@@ -1,13 +1,16 @@
 """Generation: what is kept of a text changes no word of the continuation, and a token costs the same at any length."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
+from fixtures import children
 
 from plm.errors import UserError
 from plm.inference import generation
+from plm.inference.model import save
 
 READERS = ["gpt", "elmo", "lstm", "towers"]
 
@@ -159,3 +162,35 @@ def test_odd_prompts(models):
     for name in READERS:
         texts = models[name].generate(["", "a\0b", "😀 שלום", "x" * 1000], 3, seed=1)
         assert len(texts) == 4
+
+
+def test_the_commands(models, tmp_path):
+    save(models["gpt"], tmp_path / "gpt")
+    save(models["bert"], tmp_path / "bert")
+    (tmp_path / "prompts").write_text("Keli mo\n\nBake limo\n")
+    gpt, bert = (f"--model={tmp_path / name}" for name in ("gpt", "bert"))
+    runs = {
+        "one": ("plm.generate", gpt, "--prompt=Keli mo", "--tokens=5", "--seed=2", "--stop=q", "--top_p=0.9", "--json"),
+        "file": ("plm.generate", gpt, f"--prompts={tmp_path / 'prompts'}", "--tokens=3", "--temperature=0"),
+        "fill": ("plm.fill_mask", bert, "--text=Keli [MASK] ra [MASK].", "--top_k=3", "--json"),
+        "masked": ("plm.generate", bert, "--prompt=Keli mo"),
+        "both": ("plm.generate", gpt),
+        "causal": ("plm.fill_mask", gpt, "--text=Keli [MASK]"),
+        "none": ("plm.fill_mask", bert, "--text=Keli"),
+    }
+    started = {name: children.start(*run, output=tmp_path / f"{name}.log") for name, run in runs.items()}
+    codes = {name: child.wait() for name, child in started.items()}
+    said = {name: child.text.strip() for name, child in started.items()}
+    refused = ("masked", "both", "causal", "none")
+    assert codes == {name: 2 if name in refused else 0 for name in runs}, said
+    row = json.loads(said["one"])
+    wanted = models["gpt"].generate("Keli mo", 5, seed=2, stop=["q"], top_p=0.9)
+    assert row == {"prompt": "Keli mo", "text": wanted}
+    texts = models["gpt"].generate(["Keli mo", "Bake limo"], 3, temperature=0)
+    assert said["file"] == f"Keli mo{texts[0]}\nBake limo{texts[1]}".strip()
+    guesses = models["bert"].fill_mask("Keli [MASK] ra [MASK].", 3)
+    found = [json.loads(line)["guesses"] for line in said["fill"].splitlines()]
+    assert [[piece for piece, _ in one] for one in found] == [[piece for piece, _ in one] for one in guesses]
+    for name in refused:
+        assert said[name].startswith("error: ")
+        assert "\n" not in said[name]

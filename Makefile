@@ -4,11 +4,12 @@
 #   make demo        pretrains ELMo, GPT and BERT small on the embedded corpus and names the page that compares them
 #   make test        lint and all tests but the slow ones; make test-full runs the slow ones too; ARGS='-k masked' chooses
 #   make bench       one training step of each model beside the same mathematics in PyTorch (.venv-peers)
+#   make parity      the same weights in Transformers and here, both ways (.venv-peers)
 #   make lint        ruff; make format mends what it can
 #   make clean       removes caches; make distclean the environments too; neither touches runs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full bench lint format clean distclean
+.PHONY: help setup demo test test-full bench parity lint format clean distclean
 .SUFFIXES:
 
 # An environment that is there keeps its Python until PYTHON asks for another.
@@ -65,6 +66,9 @@ test-full: lint
 
 bench: .venv-peers/.installed-$(VERSION)
 	.venv-peers/bin/python -m tests.benchmarks.bench --output=runs/bench $(ARGS)
+
+parity: .venv-peers/.installed-$(VERSION)
+	.venv-peers/bin/python -m pytest tests/parity $(ARGS)
 
 lint: setup
 	$(RUN) ruff check

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tokenizers as library
-from fixtures import corpus
+from fixtures import exports
+from fixtures.exports import OURS, differences, made
 from safetensors import safe_open
 
 import plm
 from experiments import bert, compare, gpt
 from plm import weights
-from plm.data import tokenizers
 from plm.errors import UserError
 from plm.inference.model import Model, load
 from plm.models.graph import build
@@ -45,30 +45,6 @@ def expected_of(name: str) -> tuple[dict, dict]:
     path = GOLDEN / name / "expected.safetensors"
     with safe_open(path, framework="np") as file:
         return file.get_tensors(), json.loads(file.metadata()["texts"])
-
-
-def differences(model, expected: dict) -> dict[str, float]:
-    """The largest difference at positions that are not padding, by output."""
-    valid = expected["attention_mask"].astype(bool)
-    batch = {"tokens": expected["input_ids"], "length": expected["attention_mask"].sum(axis=1)}
-    if model.config.model.segments:
-        batch["segments"] = expected["token_type_ids"]
-    bound = model.graph.bind(jax.device_put(model.params))
-    with jax.default_matmul_precision("float32"):
-        outputs, _ = bound(batch, {}, layers=True)
-        found = {"hidden_states": outputs["layers"]}
-        for head, names in (("masked", ("logits", "prediction_logits")), ("causal", ("logits",))):
-            if head in bound.heads:
-                found |= dict.fromkeys(names, bound.heads[head].logits(outputs["hidden"]))
-        if "next_sentence" in bound.heads:
-            head = bound.heads["next_sentence"]
-            found["seq_relationship_logits"] = head.logits(outputs["hidden"])
-            found["pooler_output"] = jnp.tanh(head.pooler(outputs["hidden"][:, 0]))
-    errors = {}
-    for name in found.keys() & expected.keys():
-        error = np.abs(np.asarray(found[name]) - expected[name])
-        errors[name] = float((error if error.ndim == 2 else error[..., valid, :]).max())
-    return errors
 
 
 def arrays_of(folder) -> dict[str, np.ndarray]:
@@ -240,58 +216,7 @@ def test_the_pooler_of_a_bare_encoder_is_read_where_its_output_may_stay_random()
 
 @pytest.fixture(scope="module")
 def vocabularies():
-    sentences = [sentence for document in corpus.documents(40) for sentence in document]
-    return {kind: tokenizers.train(kind, sentences, size) for kind, size in SIZES.items()}
-
-
-SIZES = {"wordpiece": 300, "bpe": 300, "byte_bpe": 320}
-SMALL = {"model.width": 16, "model.mlp_width": 64, "model.max_positions": 40}
-
-
-def made(experiment, arguments: str, tokenizer, settings: dict, source: str = "run", objectives=None) -> Model:
-    """A toy model of an experiment with random parameters."""
-    config = experiment.get_config(arguments)
-    configs.apply(config, SMALL | {"data.tokenizer.kind": tokenizer.kind, "seq_len": 32} | settings)
-    if objectives is not None:
-        with config.unlocked():
-            config.objectives = {}
-        for objective in objectives:
-            configs.add_objective(config, objective)
-    config = configs.resolve(config, examples_per_epoch=10, platform="cpu")
-    graph = build(config, tokenizer.size, tuple(config.objectives), jnp.float32)
-    rng = np.random.default_rng(0)
-    values = {
-        parameter.path: rng.standard_normal(parameter.shape).astype(np.float32) / 3 for parameter in graph.parameters
-    }
-    for parameter in graph.parameters:  # padding of vocabulary tables is zeros
-        values[parameter.path][weights.real_shape(parameter)[0] :] = 0.0
-    params: dict = {}
-    for path, value in values.items():
-        *parents, leaf = path.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return Model(config, tokenizer, graph, params, 7, source)
-
-
-LEFT_TO_RIGHT = {"model.direction": "forward", "data.layout": "pairs"}
-OURS = {
-    "bert": (bert, "tiny", "wordpiece", {}, None, "BertForPreTraining"),
-    "bert_masked": (bert, "tiny", "wordpiece", {"model.activation": "gelu_tanh"}, ("masked",), "BertForMaskedLM"),
-    "bert_pairs": (bert, "tiny", "wordpiece", {}, ("next_sentence",), "BertForNextSentencePrediction"),
-    "bert_causal": (bert, "tiny", "wordpiece", LEFT_TO_RIGHT, ("causal",), "BertLMHeadModel"),
-    "bert_plain": (
-        bert,
-        "tiny",
-        "byte_bpe",
-        {"model.segments": 0, "model.head_bias": False, "data.layout": "blocks"},
-        ("masked",),
-        "BertForMaskedLM",
-    ),
-    "gpt": (gpt, "tiny", "bpe", {}, None, "OpenAIGPTLMHeadModel"),
-    "gpt_bytes": (gpt, "tiny", "byte_bpe", {"model.activation": "relu"}, None, "OpenAIGPTLMHeadModel"),
-}
+    return exports.vocabularies()
 
 
 @pytest.mark.parametrize("name", list(OURS))

@@ -133,7 +133,9 @@ def _as_stored(link: Link, arrays: Mapping[str, np.ndarray]) -> Link:
     others = (
         (r"LayerNorm\.(weight|scale)$", "LayerNorm.gamma"),
         (r"LayerNorm\.bias$", "LayerNorm.beta"),
+        # Of tensors that are one, only one is stored, under either name.
         (r"cls\.predictions\.bias$", "cls.predictions.decoder.bias"),
+        (r"^(bert\.)?embeddings\.word_embeddings\.weight$", "cls.predictions.decoder.weight"),
     )
     for pattern, other in others:
         name = re.sub(pattern, other, link.theirs)

@@ -174,6 +174,9 @@ def _read_gpt(directory, values: Mapping, arrays: dict, allow_missing: str, voca
     tokenizer = gpt_tokenizer(directory, vocabulary)
     weights.check_vocabulary(directory, tokenizer.size, vocabulary_size(values, path))
     prefix = "transformer." if any(name.startswith("transformer.") for name in arrays) else ""
+    tied = f"{prefix}tokens_embed.weight"
+    if tied not in arrays and "lm_head.weight" in arrays:  # of tensors that are one, only one is stored
+        arrays = arrays | {tied: arrays["lm_head.weight"]}
     table = gpt_links(model["layers"], prefix)
     known = {link.theirs for link in table}
     for name in arrays:
@@ -191,7 +194,7 @@ def _read_gpt(directory, values: Mapping, arrays: dict, allow_missing: str, voca
         source=directory,
         allow_missing=allow_missing,
         ignore=BUFFERS,
-        copies={"lm_head.weight": f"{prefix}tokens_embed.weight"},
+        copies={"lm_head.weight": tied},
     )
     return weights.Foreign("huggingface", config, tokenizer, params, report)
 

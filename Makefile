@@ -32,11 +32,12 @@ help:
 	@sed -n 's/^#   //p' Makefile
 
 # $(call environment,FOLDER,EXTRAS): a virtual environment with this checkout and the pinned versions of what it needs.
-# The build backend is pinned and installed too, so nothing is fetched that constraints.txt does not name.
+# The build backend is pinned and installed too, so nothing is fetched that constraints.txt does not name; setuptools-scm
+# is part of seqeval's, which has no wheel.
 define environment
 	@$(PYTHON) $(SUPPORTED)
 	@$(1)/bin/python $(SAME_VERSION) 2>/dev/null || $(PYTHON) -m venv --clear $(1)
-	$(1)/bin/python -m pip install --quiet --constraint constraints.txt setuptools
+	$(1)/bin/python -m pip install --quiet --constraint constraints.txt setuptools setuptools-scm
 	$(1)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[$(2)]'
 	@touch $@
 endef

@@ -185,6 +185,17 @@ def test_a_saved_config_comes_back():
         configs.from_json('{"seed": 1')
 
 
+def test_a_run_of_before_a_key_was_there_goes_on_if_it_has_its_default():
+    config = configs.resolve(configs.load(GPT))
+    saved = configs.from_json(configs.to_json(config)).unlock()
+    del saved.model["positions_in_softmax"], saved.objectives.causal["per_row"], saved.init["allow_missing"]
+    assert configs.differences(saved, config) == []
+    later = configs.resolve(configs.load(GPT, {"model.positions_in_softmax": 8}))
+    assert configs.differences(saved, later) == ["model.positions_in_softmax: 0 -> 8"]
+    del saved.objectives["causal"]
+    assert "objectives.causal.coefficient: '(no such key)' -> 1.0" in configs.differences(saved, config)
+
+
 def test_what_a_resumed_run_may_change():
     fixed = {"total_steps": 500, "batch_size": 16}
     saved = configs.resolve(configs.load(GPT, fixed))

@@ -182,7 +182,7 @@ class Lossless(ToyTokenizer):
 
 def every_objective(tokenizer):
     settings = ConfigDict({"samples": 12})
-    objectives = [Causal(None, tokenizer), Bidirectional(settings, tokenizer), masked(tokenizer)]
+    objectives = [Causal({}, tokenizer), Bidirectional(settings, tokenizer), masked(tokenizer)]
     return [*objectives, masked(tokenizer, static=True), NextSentence(None, tokenizer)]
 
 
@@ -232,19 +232,19 @@ def test_sums_and_weights_have_the_same_names_and_coefficients_are_among_them(to
 
 def test_weights_count_the_targets_and_bytes_the_text():
     rows = rows_of(6, 30)
-    batch = Causal(None, Lossless()).fields(rows, draw(0, 6))
-    weights = Causal(None, Lossless()).weights(batch)
+    batch = Causal({}, Lossless()).fields(rows, draw(0, 6))
+    weights = Causal({}, Lossless()).weights(batch)
     assert float(weights["causal"]) == rows["length"].sum() - 6
     targets = rows["next_tokens"][rows["next_tokens"] >= 0]
     assert float(weights["causal_bits_per_byte"]) == Lossless.byte_lengths[targets].sum()
-    sums = Causal(None, Lossless()).sums(Head(), {"hidden": jnp.ones((6, T, 3))}, batch, None)
+    sums = Causal({}, Lossless()).sums(Head(), {"hidden": jnp.ones((6, T, 3))}, batch, None)
     np.testing.assert_allclose(sums["causal_bits_per_byte"], 2 * weights["causal"] / math.log(2), rtol=1e-6)
 
 
 def test_open_ids_are_closed_in_targets():
     rows = rows_of(2)
     rows["tokens"][0, 5] = rows["next_tokens"][0, 4] = VOCABULARY + 9
-    assert Causal(None, TOKENIZER).fields(rows, draw(0, 2))["causal_targets"][0, 4] == TOKENIZER.role("unk")
+    assert Causal({}, TOKENIZER).fields(rows, draw(0, 2))["causal_targets"][0, 4] == TOKENIZER.role("unk")
     everything = masked(rate=1.0, max_predictions=T).fields(rows, draw(0, 2))
     assert everything["masked_targets"][0, 4] == TOKENIZER.role("unk")  # position 5 is the fifth that is free
 

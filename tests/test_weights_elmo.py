@@ -40,6 +40,14 @@ OPTIONS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """Toys compile far longer than they run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def with_options(**changes) -> dict:
     """OPTIONS with `lstm__dim=8` and the like."""
     options = json.loads(json.dumps(OPTIONS))

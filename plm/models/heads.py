@@ -1,4 +1,4 @@
-"""From hidden vectors to losses over the vocabulary, without ever holding all logits; and BERT's sentence head."""
+"""From hidden vectors to losses over the vocabulary, without ever holding all logits; and heads on one vector a row."""
 
 import math
 from functools import partial
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from plm.models.layers import ACTIVATIONS, Dense, LayerNorm, Table
+from plm.models.layers import ACTIVATIONS, Dense, LayerNorm, Noise, Table, dropout
 
 HIDDEN_LOGIT = -1e30  # logit of padding rows of a table and of accidental hits
 
@@ -168,11 +168,15 @@ class VocabularyHead(nnx.Module):
     def parameters(self, table: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """(table in the compute type [V padded, W], bias float32 [V padded] that hides padding rows).
 
-        `table` replaces the stored one, for GPT's dropped embedding matrix.
+        `table` replaces the stored one, for GPT's dropped embedding matrix; rows of it behind the stored ones are
+        further classes, without a bias: GPT's positions.
         """
-        table = self.table.table[...] if table is None else table
-        bias = jnp.zeros(table.shape[:1]) if self.bias is None else self.bias[...]
-        return table.astype(self.dtype), jnp.where(jnp.arange(table.shape[0]) < self.size, bias, HIDDEN_LOGIT)
+        stored = self.table.table[...]
+        table = stored if table is None else table
+        bias = jnp.zeros(stored.shape[:1]) if self.bias is None else self.bias[...]
+        row, more = jnp.arange(table.shape[0]), table.shape[0] - stored.shape[0]
+        is_class = (row < self.size) | (row >= stored.shape[0])
+        return table.astype(self.dtype), jnp.where(is_class, jnp.pad(bias, (0, more)), HIDDEN_LOGIT)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """All scores, float32 [B, T, size]: for generation and filling, not for training."""
@@ -198,6 +202,18 @@ class NextSentenceHead(nnx.Module):
     def logits(self, x_BxTxW: jax.Array) -> jax.Array:
         """float32 [B, 2]."""
         return self.output(jnp.tanh(self.pooler(x_BxTxW[:, 0]))).astype(jnp.float32)
+
+
+class VectorHead(nnx.Module):
+    """A linear map of one position's vector in each row: a task's output (GPT section 3.2)."""
+
+    def __init__(self, config, outputs: int, *, dtype, rngs: nnx.Rngs):
+        self.output = Dense(config.width, outputs, config.init, config.init_stddev, dtype=dtype, rngs=rngs)
+
+    def logits(self, x_BxTxW: jax.Array, positions_B: jax.Array, rate: float = 0.0, noise: Noise | None = None):
+        """float32 [B, outputs] of the vectors at `positions_B`, after dropout."""
+        x_BxW = jnp.take_along_axis(x_BxTxW, positions_B[:, None, None], axis=1)[:, 0]
+        return self.output(dropout(x_BxW, rate, noise, "head/input")).astype(jnp.float32)
 
 
 def log_uniform_probabilities(size: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from flax import nnx
 
 from plm.errors import UserError
 from plm.models.char_cnn import CharacterEncoder
-from plm.models.heads import NextSentenceHead, VocabularyHead
+from plm.models.heads import NextSentenceHead, VectorHead, VocabularyHead
 from plm.models.layers import LayerNorm, Noise, Stack, Table, constrain_rows, dropout, dropout_parameter
 from plm.models.lstm import LstmBlock, reverse_within
 from plm.models.transformer import TransformerBlock, attention_mask, continued_mask
@@ -40,12 +40,26 @@ class Embedding(nnx.Module):
         self.norm = LayerNorm(config.width, config.norm_epsilon, rngs=rngs) if config.embedding_norm else None
         self.input, self.dtype, self.rate = config.input, dtype, config.embedding_dropout
         self.on_matrix = config.embedding_dropout_on == "matrix"
+        self.position_classes = config.get("positions_in_softmax") or 0
 
     def dropped_table(self, noise: Noise | None) -> jax.Array | None:
         """GPT drops elements of the embedding matrix itself, once a step, and ties the output to the dropped one."""
         if not self.on_matrix or noise is None or self.tokens is None:
             return None
         return dropout_parameter(self.tokens.table[...], self.rate, noise, "embedding/tokens")
+
+    def position_rows(self, T: int, noise: Noise | None) -> jax.Array:
+        """At least T rows of the position table, dropped alike wherever a step uses them if the matrix is dropped."""
+        rows = self.positions.table[: max(T, self.position_classes)]
+        return dropout_parameter(rows, self.rate, noise, "embedding/positions") if self.on_matrix else rows
+
+    def classes(self, T: int, noise: Noise | None, table: jax.Array | None) -> jax.Array | None:
+        """The rows that the output is multiplied with where they are not the stored table's: the dropped `table`, and
+        in GPT's fine-tuning code the first positions behind it."""
+        if not self.position_classes:
+            return table
+        tokens = self.tokens.table[...] if table is None else table
+        return jnp.concatenate([tokens, self.position_rows(T, noise)[: self.position_classes]])
 
     def word_vectors(self, batch: dict) -> jax.Array | None:
         """[U, width]: each distinct word of the batch encoded once, if the batch lists them."""
@@ -69,10 +83,7 @@ class Embedding(nnx.Module):
         if self.positions is not None and start is not None:
             x = x + self.positions(start[:, None] + jnp.arange(x.shape[1])[None], self.dtype)
         elif self.positions is not None:
-            positions = self.positions.table[: x.shape[1]]
-            if self.on_matrix:
-                positions = dropout_parameter(positions, self.rate, noise, "embedding/positions")
-            x = x + positions.astype(self.dtype)[None]
+            x = x + self.position_rows(x.shape[1], noise)[: x.shape[1]].astype(self.dtype)[None]
         if self.norm is not None:
             x = self.norm(x)
         return x if self.on_matrix else dropout(x, self.rate, noise, f"embedding/{name}")
@@ -88,7 +99,8 @@ class LanguageModel(nnx.Module):
 
     Outputs: `hidden` [B, T, W] (direction forward or full), or `forward` and `backward` [B, T, W] (two towers).
     `backward` is in the reading order of the backward stream if the batch gave one, else aligned with the tokens.
-    `table`: the dropped embedding matrix where the config drops it. `layers` [L + 1, B, T, features], the embedding
+    `table`: the rows of the softmax where they are not the stored table: the dropped embedding matrix, GPT's positions
+    behind it (`positions_in_softmax`). `layers` [L + 1, B, T, features], the embedding
     first, both towers concatenated and aligned, on request.
 
     carry: {"forward": {"c" [B, L, C], "m" [B, L, P]}, "backward": ...} float32 for LSTM towers that read left to right
@@ -126,6 +138,8 @@ class LanguageModel(nnx.Module):
         for name in objectives:
             if name == "next_sentence":
                 heads[name] = NextSentenceHead(model, dtype=dtype, rngs=rngs)
+            elif name == "choose":
+                heads[name] = VectorHead(model, 1, dtype=dtype, rngs=rngs)
             else:
                 heads[name] = VocabularyHead(
                     model,
@@ -243,8 +257,9 @@ class LanguageModel(nnx.Module):
                 by_layer_b = jnp.concatenate([x_b[None], by_layer_b])
                 aligned = jax.vmap(lambda a: reverse_within(a, length))(by_layer_b)
                 by_layer = jnp.concatenate([by_layer, aligned], axis=-1)
-        if table is not None:
-            outputs["table"] = table
+        classes = self.embedding.classes(T, noise, table)
+        if classes is not None:
+            outputs["table"] = classes
         if layers:
             outputs["layers"] = by_layer
         return outputs, new_carry

@@ -191,6 +191,7 @@ OBJECTIVE_DIRECTIONS = {
     "bidirectional": ("both",),
     "masked": ("full",),
     "next_sentence": ("full",),
+    "choose": ("forward", "full"),
 }
 
 # (key, default, rule, what it means); None as a default means "not given".
@@ -281,7 +282,7 @@ KEYS: tuple[tuple[str, Any, Rule, str], ...] = (
 
 # Settings of each objective; a config has a group for every objective that it trains.
 OBJECTIVES: dict[str, tuple[tuple[str, Any, Rule, str], ...]] = {
-    "causal": (),
+    "causal": (("per_row", False, truth(), "the mean over rows of each row's mean loss (GPT's fine-tuning)"),),
     "bidirectional": (("samples", 0, whole(0), "negatives of the sampled softmax; 0 = the full softmax"),),
     "masked": (
         ("rate", 0.15, real(0.0, 1.0, above=True), "part of a row's positions that are predicted"),
@@ -293,6 +294,11 @@ OBJECTIVES: dict[str, tuple[tuple[str, Any, Rule, str], ...]] = {
         ("whole_word", False, truth(), "chooses whole words"),
     ),
     "next_sentence": (),
+    "choose": (
+        ("choices", 2, whole(2), "rows of an example, one for each choice"),
+        ("position", "last", one_of("last", "first"), "the token whose vector is scored"),
+        ("dropout", 0.0, real(0.0, 0.95), "on that vector, one mask for all choices of an example"),
+    ),
 }
 _COEFFICIENT = ("coefficient", 1.0, real(0.0, above=True), "factor of its mean loss in the loss")
 _OUTSIDE = ("name", "", words(), "module:function of an objective of the user's own")
@@ -322,6 +328,7 @@ MODEL_TRANSFORMER: tuple[tuple[str, Any, Rule, str], ...] = (
     ("mlp_width", 512, whole(1), "hidden units of the MLP"),
     ("max_positions", 128, whole(0), "rows of the position table; 0 = none"),
     ("attention_dropout", 0.0, real(0.0, 0.95), "on attention probabilities"),
+    ("positions_in_softmax", 0, whole(0), "position rows that are classes of the softmax too (GPT's fine-tuning code)"),
 )
 MODEL_LSTM: tuple[tuple[str, Any, Rule, str], ...] = (
     ("lstm.cells", 256, whole(1), "cells of a layer and direction"),
@@ -415,19 +422,24 @@ def flatten(config: Mapping, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def rules(config: ConfigDict) -> dict[str, Rule]:
-    """The rule of every key that this config must have; sections from outside add what they have beyond that."""
-    rows = {key: rule for key, _, rule, _ in KEYS}
+def _rows(config: ConfigDict) -> dict[str, tuple[Any, Rule]]:
+    """(default, rule) of every key that this config must have; sections from outside add what they have beyond that."""
+    rows = {key: (default, rule) for key, default, rule, _ in KEYS}
     for name in config.objectives:
         group = config.objectives[name]
         settings = (_COEFFICIENT, _OUTSIDE) if group.get("name") else (_COEFFICIENT, *OBJECTIVES.get(name, ()))
-        rows |= {f"objectives.{name}.{key}": rule for key, _, rule, _ in settings}
+        rows |= {f"objectives.{name}.{key}": (default, rule) for key, default, rule, _ in settings}
     if is_outside(config.model.get("name", "")):
-        rows["model.name"] = MODEL[0][2]
+        rows["model.name"] = MODEL[0][1:3]
     else:
         known = _model_rows(config.model.get("architecture", ""), config.model.get("input", ""))
-        rows |= {f"model.{key}": rule for key, _, rule, _ in known}
+        rows |= {f"model.{key}": (default, rule) for key, default, rule, _ in known}
     return rows
+
+
+def rules(config: ConfigDict) -> dict[str, Rule]:
+    """The rule of every key that this config must have; sections from outside add what they have beyond that."""
+    return {key: rule for key, (_, rule) in _rows(config).items()}
 
 
 def _is_free(config: ConfigDict, key: str) -> bool:
@@ -525,6 +537,18 @@ def _check_objectives(config: ConfigDict) -> None:
         shares = masked.mask + masked.random + masked.keep
         if abs(shares - 1) > 1e-6:
             raise UserError(f"objectives.masked.mask + random + keep = {shares:g} must be 1")
+    if "choose" in config.objectives and not config.objectives.choose.get("name"):
+        choose = config.objectives.choose
+        if choose.position == "first" and config.model.get("direction") == "forward":
+            raise UserError(
+                "objectives.choose.position='first' needs model.direction='full': under a causal mask the first"
+                " position sees nothing; 'last' sees the whole row"
+            )
+        if config.batch_size % (choose.choices * config.microbatches):
+            raise UserError(
+                f"batch_size={config.batch_size} must be divisible by objectives.choose.choices={choose.choices} x"
+                f" microbatches={config.microbatches}: an example's rows stay together"
+            )
 
 
 _WHY = {
@@ -532,6 +556,7 @@ _WHY = {
     "bidirectional": "it is the loss of two towers that read in opposite directions",
     "masked": "a masked position is predicted from both sides",
     "next_sentence": "under a causal mask the first position, which is classified, sees nothing",
+    "choose": "it scores one vector that has seen the whole row",
 }
 
 
@@ -575,6 +600,15 @@ def _check_model(config: ConfigDict) -> None:
             raise UserError(f"model.width={model.width} must be divisible by model.heads={model.heads}")
         if model.max_positions and config.seq_len > model.max_positions:
             raise UserError(f"seq_len={config.seq_len} is longer than model.max_positions={model.max_positions}")
+        if model.positions_in_softmax > model.max_positions:
+            raise UserError(
+                f"model.positions_in_softmax={model.positions_in_softmax} must be at most"
+                f" model.max_positions={model.max_positions}"
+            )
+        if model.positions_in_softmax and not (model.tied and model.input == "tokens"):
+            raise UserError(
+                "model.positions_in_softmax needs model.tied=True and model.input='tokens': GPT has one matrix for all"
+            )
     else:
         output = (model.lstm.projection or model.lstm.cells) * (2 if model.direction == "full" else 1)
         if output != model.width:
@@ -880,8 +914,13 @@ def differences(saved: ConfigDict, current: ConfigDict, *, same_data: bool = Fal
     """What a resumed run may not change and `current` does: lines `key: saved value -> present value`.
 
     Both configs resolved. same_data: corpus and tokenizer have the fingerprints they had, so their paths may differ.
+    A key that is newer than the saved config counts as its default: a default changes nothing of what was computed.
     """
     before, now = flatten(saved), flatten(current)
+    groups = {key.rpartition(".")[0] for key in before}
+    for key, (default, _) in _rows(current).items():
+        if key in now and key.rpartition(".")[0] in groups:
+            before.setdefault(key, default)
     free = MAY_CHANGE + (MAY_CHANGE_WITH_SAME_DATA if same_data else ())
 
     def may_change(key: str) -> bool:

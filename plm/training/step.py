@@ -1,6 +1,7 @@
 """THE step: one pure function for every architecture, objective, task and mesh. It imports neither models nor data."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,13 +31,25 @@ def new_state(params, optimizer: optax.GradientTransformation, carry) -> TrainSt
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), carry, jnp.zeros((2,), jnp.int32))
 
 
-def _strided(tree, n: int):
-    """[B, ...] -> [n, B / n, ...]: microbatch i holds rows i, i + n, ..., so every device keeps its own rows."""
-    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 0, 1), tree)
+def _strided(tree, n: int, together: int = 1):
+    """[B, ...] -> [n, B / n, ...]: microbatch i holds rows i, i + n, ..., so every device keeps its own rows.
+
+    together: rows that stay side by side, those of one example; the stride is then over examples.
+    """
+
+    def split(x):
+        examples = x.reshape(-1, n, together, *x.shape[1:])
+        return jnp.swapaxes(examples, 0, 1).reshape(n, -1, *x.shape[1:])
+
+    return jax.tree.map(split, tree)
 
 
-def _unstrided(tree):
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
+def _unstrided(tree, together: int = 1):
+    def join(x):
+        examples = x.reshape(x.shape[0], -1, together, *x.shape[2:])
+        return jnp.swapaxes(examples, 0, 1).reshape(-1, *x.shape[2:])
+
+    return jax.tree.map(join, tree)
 
 
 def _means(sums: Mapping, weights: Mapping) -> dict:
@@ -86,6 +99,7 @@ def make_train_step(
         return value, (sums, jax.lax.stop_gradient(new_carry))
 
     gradient = jax.value_and_grad(loss, has_aux=True)
+    together = math.lcm(*(getattr(objective, "rows_per_example", 1) for objective in objectives))
 
     def step(state: TrainState, batch: dict):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -94,7 +108,7 @@ def make_train_step(
             (value, (sums, carry)), gradients = gradient(state.params, batch, state.carry, key, weights)
         else:
             shared = {"shared": batch["shared"]} if "shared" in batch else {}
-            rows = _strided({k: v for k, v in batch.items() if k != "shared"}, microbatches)
+            rows = _strided({k: v for k, v in batch.items() if k != "shared"}, microbatches, together)
 
             def accumulate(total, inputs):
                 microbatch, carry = inputs
@@ -105,7 +119,7 @@ def make_train_step(
                 lambda: gradient(
                     state.params,
                     jax.tree.map(lambda x: x[0], rows) | shared,
-                    jax.tree.map(lambda x: x[0], _strided(state.carry, microbatches)),
+                    jax.tree.map(lambda x: x[0], _strided(state.carry, microbatches, together)),
                     key,
                     weights,
                 )
@@ -113,9 +127,9 @@ def make_train_step(
             ((value, (sums, _)), gradients) = first
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (value, sums, gradients))
             (value, sums, gradients), carry = jax.lax.scan(
-                accumulate, zeros, (rows, _strided(state.carry, microbatches))
+                accumulate, zeros, (rows, _strided(state.carry, microbatches, together))
             )
-            carry = _unstrided(carry)
+            carry = _unstrided(carry, together)
         norm = optax.tree.norm(gradients)
         updates, opt = optimizer.update(gradients, state.opt, state.params)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)

@@ -37,10 +37,10 @@ from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
 from plm.models.char_cnn import MAX_CHARACTERS, N_CHARACTERS
 from plm.models.graph import build
-from plm.training import config as configs
 from plm.weights import Link, same
 
 OPTIONS, WEIGHTS = "options.json", "weights.hdf5"
+WINDOW = 20  # tokens that the published program unrolls in training
 TOWERS = ("blocks", "backward_blocks")  # RNN_0 reads forward, RNN_1 backward
 _OFFICIAL = re.compile(r"char_embed|CNN/.*|CNN_high_\d+/.*|CNN_proj/.*|RNN_\d+/.*|softmax/.*")
 
@@ -57,7 +57,9 @@ def read(directory: epath.Path, *, allow_missing: str = "", vocabulary: str = ""
     arrays = _arrays(weights_path)
     has_softmax = "softmax/W" in arrays
     tokenizer = _tokenizer(epath.Path(directory), vocabulary)
-    config = _config(model, tokenizer, has_softmax)
+    config = weights.describe(tokenizer, "lanes", WINDOW, model, ("bidirectional",) if has_softmax else ())
+    with config.unlocked():
+        config.softmax_chunk = 512  # tokens whose logits over 793,471 words are held at once
     if has_softmax:
         weights.check_vocabulary(weights_path, tokenizer.size, len(arrays["softmax/W"]))
     graph = build(config, tokenizer.size, tuple(config.objectives), jnp.float32)
@@ -256,25 +258,6 @@ def _options(model) -> dict:
         },
         "dropout": model.dropout,
     }
-
-
-def _config(model: dict, tokenizer: Tokenizer, has_softmax: bool):
-    config = configs.base()
-    settings = {
-        "data.layout": "lanes",
-        "data.tokenizer.kind": tokenizer.kind,
-        "data.tokenizer.vocab": tokenizer.size,
-        "data.tokenizer.lowercase": tokenizer.lowercase,
-        "data.tokenizer.pretokenized": tokenizer.pretokenized,
-        "seq_len": 20,
-        "total_steps": 1,
-        "softmax_chunk": 512,  # rows of logits over a vocabulary of 793,471
-    }
-    configs.apply(config, settings)
-    configs.set_model(config, model)
-    if has_softmax:
-        configs.add_objective(config, "bidirectional")
-    return configs.resolve(config)
 
 
 def _tokenizer(directory: epath.Path, vocabulary: str) -> Tokenizer:

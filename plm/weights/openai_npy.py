@@ -34,7 +34,6 @@ from plm import weights
 from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
 from plm.models.graph import build
-from plm.training import config as configs
 from plm.weights import Link, same
 
 SHAPES, HPARAMS = "params_shapes.json", "hparams.json"
@@ -65,8 +64,23 @@ def read(directory: epath.Path, *, allow_missing: str = "", vocabulary: str = ""
     n_layers = (len(shapes) - 2) // 12
     mlp_width, heads = shapes[8][-1], _heads(directory, width)
     tokenizer = _tokenizer(directory, vocabulary)
-    config = _config(tokenizer, n_positions, width, n_layers, mlp_width, heads)
     weights.check_vocabulary(directory, tokenizer.size, n_tokens)
+    model = {
+        "architecture": "transformer",
+        "direction": "forward",
+        "width": width,
+        "layers": n_layers,
+        "heads": heads,
+        "mlp_width": mlp_width,
+        "max_positions": n_positions,
+        # The rates of the published program; they say nothing without training.
+        "dropout": 0.1,
+        "attention_dropout": 0.1,
+        "embedding_dropout": 0.1,
+        "embedding_dropout_on": "matrix",
+        **FIXED,
+    }
+    config = weights.describe(tokenizer, "blocks", n_positions, model, ("causal",))
     graph = build(config, tokenizer.size, tuple(config.objectives), jnp.float32)
     table = links(n_layers)
     expected = weights.foreign_shapes(graph, table)
@@ -233,38 +247,6 @@ def _tokenizer(directory: epath.Path, vocabulary: str) -> Tokenizer:
     if tokenizer.kind != "bpe":
         raise UserError(f"{vocabulary} is a vocabulary of kind {tokenizer.kind!r}; GPT's is {ENCODER} and {MERGES}")
     return tokenizer
-
-
-def _config(tokenizer: Tokenizer, n_positions: int, width: int, n_layers: int, mlp_width: int, heads: int):
-    config = configs.base()
-    settings = {
-        "data.layout": "blocks",
-        "data.tokenizer.kind": tokenizer.kind,
-        "data.tokenizer.vocab": tokenizer.size,
-        "data.tokenizer.lowercase": tokenizer.lowercase,
-        "data.tokenizer.pretokenized": tokenizer.pretokenized,
-        "seq_len": n_positions,
-        "total_steps": 1,
-    }
-    configs.apply(config, settings)
-    model = {
-        "architecture": "transformer",
-        "direction": "forward",
-        "width": width,
-        "layers": n_layers,
-        "heads": heads,
-        "mlp_width": mlp_width,
-        "max_positions": n_positions,
-        # The rates of the published program; they say nothing without training.
-        "dropout": 0.1,
-        "attention_dropout": 0.1,
-        "embedding_dropout": 0.1,
-        "embedding_dropout_on": "matrix",
-        **FIXED,
-    }
-    configs.set_model(config, model)
-    configs.add_objective(config, "causal")
-    return configs.resolve(config)
 
 
 def _refuse_others(config, tokenizer: Tokenizer) -> None:

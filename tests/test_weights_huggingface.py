@@ -282,6 +282,31 @@ def test_the_model_card_has_the_config_and_what_was_measured(vocabularies, tmp_p
     assert f"{model.graph.counts()['total']:,} parameters" in card
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt", "gpt_bytes"])
+def test_added_words_go_along(name, vocabularies, tmp_path):
+    experiment, arguments, kind, settings, *_ = OURS[name]
+    grown = vocabularies[kind].with_added(["xyzzy", "plugh"])
+    model = made(experiment, arguments, grown, settings)
+    huggingface.write(model, tmp_path / "out")
+    back = load(str(tmp_path / "out"))
+    assert back.tokenizer.fingerprint == grown.fingerprint
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == grown.size
+    written = library.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert written.get_vocab_size() == grown.size
+    texts = ["xyzzy", "keli Xyzzy, plugh! ra", "xyzzyx plughs"]
+    assert [one.ids for one in written.encode_batch(texts, add_special_tokens=False)] == grown.encode(texts)
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "kind"),
+    [(bert, f"{size}{phase}", "BertForPreTraining") for size in bert.SIZES for phase in ("", ",phase=2")]
+    + [(gpt, size, "OpenAIGPTLMHeadModel") for size in ("tiny", "base")],
+)
+def test_every_preset_of_bert_and_gpt_has_its_class(module, arguments, kind):
+    if arguments != "tiny,phase=2":  # there is none
+        assert huggingface.class_of(module.get_config(arguments)) == kind
+
+
 @pytest.mark.parametrize(
     ("experiment", "arguments", "kind", "settings", "message"),
     [

@@ -237,6 +237,8 @@ def bert_tokenizer(directory: epath.Path, vocabulary: str = "") -> Tokenizer:
     """From `vocabulary`, the files that `write` made, `vocab.txt`, or `tokenizer.json`; letter case as
     `tokenizer_config.json` says, else `tokenizer.json`, else as the vocabulary has capital letters or not.
 
+    Words of 101 to 200 characters are read in pieces, as by Google's program; Transformers make them [UNK].
+
     Errors: UserError for text cleaning that is not the published one.
     """
     if not vocabulary and (directory / OURS).exists():
@@ -335,32 +337,19 @@ def write(model, folder: epath.Path) -> None:
     model.safetensors, config.json, the tokenizer's files, README.md: a model card with the config and, where `model` is
     from a run, what was measured. Errors: UserError for a model that no class computes, naming the setting.
     """
-    folder = epath.Path(folder)
-    is_bert = model.config.model.get("embedding_norm") or model.config.model.get("direction") != "forward"
-    settings, arrays = (_bert_out if is_bert else _gpt_out)(model)
+    folder, kind = epath.Path(folder), class_of(model.config)
+    settings, arrays = (_bert_out if kind.startswith("Bert") else _gpt_out)(model)
+    settings = {"architectures": [kind], **settings}
     settings |= {"vocab_size": model.tokenizer.size, "tie_word_embeddings": True, "dtype": "float32"}
     roles = model.tokenizer.roles
     settings |= {f"{role}_token_id": roles[role] for role in ("pad", "bos", "eos") if role in roles}
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(model, folder)
-    (folder / "README.md").write_text(model_card(model, settings["architectures"][0]), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(model, kind), encoding="utf-8")
     # Transformers ask for this remark, that the arrays lie as PyTorch's do.
     (folder / WEIGHTS).write_bytes(safetensors.numpy.save(arrays, metadata={"format": "pt"}))
     # Last: a folder without it is no model.
     (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def _refuse(config, what: str, needed: Mapping) -> None:
-    for key, right in needed.items():
-        value = config.model.get(key)
-        if value not in right if isinstance(right, tuple) else value != right:
-            right = " or ".join(map(repr, right)) if isinstance(right, tuple) else repr(right)
-            raise UserError(f"Hugging Face's {what} computes no model with model.{key}={value!r}: it must be {right}")
-    if not config.model.max_positions:
-        raise UserError(f"Hugging Face's {what} computes no model with model.max_positions=0: it must be 1 at least")
-    other = next((name for name in config.objectives if config.objectives[name].get("name")), None)
-    if other:
-        raise UserError(f"Hugging Face's {what} has no place for the head of objectives.{other}: it is of your own")
 
 
 _BERT_CLASSES = {
@@ -373,22 +362,42 @@ _BERT_CLASSES = {
 _ACTIVATIONS_OUT = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "tanh": "tanh"}
 
 
+def class_of(config) -> str:
+    """The class of Transformers that computes what a model of `config` does.
+
+    Errors: UserError that names the first setting that none has.
+    """
+    model, objectives = config.model, frozenset(config.objectives)
+    usual = {"name": ("language_model",), "architecture": ("transformer",), "input": ("tokens",), "tied": (True,)}
+    if model.get("embedding_norm") or model.get("direction") != "forward":
+        what = "BERT"
+        usual |= {"direction": ("full", "forward"), "embedding_norm": (True,)}
+        usual |= {"head_transform": (True,)} if objectives - {"next_sentence"} else {}
+        kind = _BERT_CLASSES.get(objectives)
+    else:
+        what = "OpenAI GPT"
+        usual |= {"segments": (0,), "head_transform": (False,), "head_bias": (False,)}
+        usual |= {"activation": tuple(_GPT_ACTIVATIONS.values()), "mlp_width": (4 * model.get("width", 0),)}
+        kind = "OpenAIGPTLMHeadModel" if objectives <= {"causal"} else None
+    for key, right in usual.items():
+        if model.get(key) not in right:
+            must = " or ".join(map(repr, right))
+            raise UserError(
+                f"Hugging Face's {what} computes no model with model.{key}={model.get(key)!r}: it must be {must}"
+            )
+    if not model.max_positions:
+        raise UserError(f"Hugging Face's {what} computes no model with model.max_positions=0: it must be 1 at least")
+    own = [name for name in config.objectives if config.objectives[name].get("name")]
+    if kind is None or own:
+        names = ", ".join(own or config.objectives)
+        raise UserError(f"no class of Hugging Face's {what} has the heads of objectives {names}")
+    return kind
+
+
 def _bert_out(model) -> tuple[dict, dict[str, np.ndarray]]:
     """(config.json, arrays) of a model with BERT's mathematics."""
     config, settings = model.config, model.config.model
-    needed = {
-        "name": "language_model",
-        "architecture": "transformer",
-        "direction": ("full", "forward"),
-        "input": "tokens",
-        "embedding_norm": True,
-        "tied": True,
-    }
     language = [name for name in config.objectives if name != "next_sentence"]
-    _refuse(config, "BERT", needed | ({"head_transform": True} if language else {}))
-    kind = _BERT_CLASSES.get(frozenset(config.objectives))
-    if kind is None:
-        raise UserError(f"no class of Hugging Face's BERT has the heads of objectives {', '.join(config.objectives)}")
     links = bert.links(bert.PYTORCH, settings.layers, tuple(config.objectives), bare=not config.objectives)
     arrays = weights.disassemble(model.graph, model.params, links)
     zeros = {"embedding/segments/table": (2, settings.width)}
@@ -397,7 +406,6 @@ def _bert_out(model) -> tuple[dict, dict[str, np.ndarray]]:
         if link.theirs not in arrays:
             arrays[link.theirs] = np.zeros(zeros[link.ours[0]], np.float32)
     return {
-        "architectures": [kind],
         "model_type": "bert",
         "is_decoder": settings.direction == "forward",
         "hidden_size": settings.width,
@@ -417,26 +425,9 @@ def _bert_out(model) -> tuple[dict, dict[str, np.ndarray]]:
 
 def _gpt_out(model) -> tuple[dict, dict[str, np.ndarray]]:
     """(config.json, arrays) of a model with GPT's mathematics."""
-    config, settings = model.config, model.config.model
-    needed = {
-        "name": "language_model",
-        "architecture": "transformer",
-        "direction": "forward",
-        "input": "tokens",
-        "tied": True,
-        "segments": 0,
-        "embedding_norm": False,
-        "head_transform": False,
-        "head_bias": False,
-        "activation": tuple(_GPT_ACTIVATIONS.values()),
-        "mlp_width": 4 * settings.width,
-    }
-    _refuse(config, "OpenAI GPT", needed)
-    if others := [name for name in config.objectives if name != "causal"]:
-        raise UserError(f"no class of Hugging Face's OpenAI GPT has the head of objectives.{others[0]}")
+    settings = model.config.model
     theirs = {ours: theirs for theirs, ours in _GPT_ACTIVATIONS.items()}
     return {
-        "architectures": ["OpenAIGPTLMHeadModel"],
         "model_type": "openai-gpt",
         "n_embd": settings.width,
         "n_layer": settings.layers,
@@ -502,6 +493,10 @@ def model_card(model, kind: str) -> str:
     task = {"AutoModelForMaskedLM": "fill-mask", "AutoModelForPreTraining": "fill-mask"}
     task |= {"AutoModelForCausalLM": "text-generation"}
     trained = " + ".join(config.objectives) or "nothing: the encoder alone"
+    positions = config.model.get("positions_in_softmax")
+    softmax = (
+        f" Its softmax had {positions} rows of positions among its classes; here it has none." if positions else ""
+    )
     lines = [
         "---",
         "library_name: transformers",
@@ -513,7 +508,7 @@ def model_card(model, kind: str) -> str:
         "",
         f"A {config.model.architecture} trained for {trained}, by plm (JAX/Flax): {config.model.layers} layers of width"
         f" {config.model.width}, {counts['total']:,} parameters, {model.tokenizer.kind} vocabulary of"
-        f" {model.tokenizer.size:,}; step {model.step:,}.",
+        f" {model.tokenizer.size:,}; step {model.step:,}.{softmax}",
         "",
         "```python",
         f"from transformers import {loader}, AutoTokenizer",

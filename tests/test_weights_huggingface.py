@@ -280,6 +280,12 @@ def test_the_model_card_has_the_config_and_what_was_measured(vocabularies, tmp_p
     assert configs.to_text(model.config) in card
     assert "AutoModelForCausalLM" in card
     assert f"{model.graph.counts()['total']:,} parameters" in card
+    assert "trained by plm (JAX/Flax), step 7." in card
+
+    card = huggingface.model_card(plm.load(str(GOLDEN / "gpt")), "OpenAIGPTLMHeadModel")
+    assert "converted by plm" in card
+    assert "model.width = 16" in card
+    assert "optimizer" not in card
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt", "gpt_bytes"])

@@ -310,6 +310,7 @@ def describe(tokenizer, layout: str, seq_len: int, model: Mapping, objectives: I
     """The resolved config of a model from elsewhere: what it is and how its text is read, nothing of its training."""
     config = configs.base()
     settings = {
+        "data.source": "",
         "data.layout": layout,
         "data.tokenizer.kind": tokenizer.kind,
         "data.tokenizer.vocab": tokenizer.size,

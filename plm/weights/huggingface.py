@@ -492,11 +492,13 @@ def model_card(model, kind: str) -> str:
     loader = f"AutoModelFor{auto[kind]}" if kind in auto else "AutoModel"
     task = {"AutoModelForMaskedLM": "fill-mask", "AutoModelForPreTraining": "fill-mask"}
     task |= {"AutoModelForCausalLM": "text-generation"}
-    trained = " + ".join(config.objectives) or "nothing: the encoder alone"
+    heads = f"with the heads of {' and '.join(config.objectives)}" if config.objectives else "without heads"
     positions = config.model.get("positions_in_softmax")
     softmax = (
         f" Its softmax had {positions} rows of positions among its classes; here it has none." if positions else ""
     )
+    trained = bool(config.data.source)
+    described = ("model.", "objectives.", "data.layout", "data.tokenizer.")
     lines = [
         "---",
         "library_name: transformers",
@@ -506,9 +508,10 @@ def model_card(model, kind: str) -> str:
         "",
         f"# {epath.Path(model.source).name}",
         "",
-        f"A {config.model.architecture} trained for {trained}, by plm (JAX/Flax): {config.model.layers} layers of width"
-        f" {config.model.width}, {counts['total']:,} parameters, {model.tokenizer.kind} vocabulary of"
-        f" {model.tokenizer.size:,}; step {model.step:,}.{softmax}",
+        f"A {config.model.architecture} {heads}: {config.model.layers} layers of width {config.model.width},"
+        f" {counts['total']:,} parameters, {model.tokenizer.kind} vocabulary of {model.tokenizer.size:,}; "
+        + (f"trained by plm (JAX/Flax), step {model.step:,}." if trained else "converted by plm (JAX/Flax).")
+        + softmax,
         "",
         "```python",
         f"from transformers import {loader}, AutoTokenizer",
@@ -521,8 +524,10 @@ def model_card(model, kind: str) -> str:
         *_measured(model),
         "## Config",
         "",
+        "The run's, resolved." if trained else "What describes the model; nothing is known of its training.",
+        "",
         "```",
-        *configs.to_text(config).splitlines(),
+        *(line for line in configs.to_text(config).splitlines() if trained or line.startswith(described)),
         "```",
     ]
     return "\n".join(lines) + "\n"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from plm.analysis.overlap import overlaps
 from plm.data import docstrings, sources, tasks
 from plm.data.examples import Answer, Example, fraction, halves
 from plm.errors import UserError
@@ -493,6 +494,10 @@ def test_embedded_tasks_share_no_text_between_splits_and_with_the_corpus_without
     assert not any(module.partition(".")[0] in sources.TASK_PACKAGES for module in kept)
     assert "topics" in kept or "topics" not in {module for module, _ in whole.files}
     assert whole.spec == "pydocs"
+    documents = [d.sentences for d in without.shards()[1].documents()]
+    found = overlaps({split: package.examples(split) for split in package.splits}, documents)
+    assert sum(map(len, documents)) > 100
+    assert [one.common for one in found.values()] == [0, 0, 0], "copies in other packages go too"
     with pytest.raises(UserError, match=r"'pydocs#without' is not understood"):
         sources.parse("pydocs#without")
 

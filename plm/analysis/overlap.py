@@ -8,17 +8,14 @@ hits are to be expected.
 """
 
 import dataclasses
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from plm.data.examples import Example
+from plm.data.examples import COPIED_WORDS, Example, words
 
-LENGTH = 8
 FLAG = 0.01  # protocol 1: above this share a task's numbers are flagged wherever they stand
 BLOCK = 1 << 20
-_WORD = re.compile(r"[^\W_]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +38,8 @@ class Overlap:
         return self.share > FLAG
 
 
-def words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
-
-
 def overlaps(
-    splits: Mapping[str, Sequence[Example]], documents: Iterable[Sequence[str]], *, length: int = LENGTH
+    splits: Mapping[str, Sequence[Example]], documents: Iterable[Sequence[str]], *, length: int = COPIED_WORDS
 ) -> dict[str, Overlap]:
     """{split: Overlap} of a task's splits with a text.
 

@@ -23,6 +23,7 @@ from etils import epath
 
 from plm.analysis import ngrams, overlap, pseudo_words, samples
 from plm.data import sources
+from plm.data.examples import COPIED_WORDS
 from plm.data.pipeline import Corpus, open_corpus
 from plm.data.store import Progress, locked, writable
 from plm.data.tasks import TaskData
@@ -322,7 +323,7 @@ SUITES: dict[str, Suite] = {
     "samples": Suite(evaluate_samples, samples.Settings()),
     "pseudo_words": Suite(evaluate_pseudo_words, pseudo_words.Settings()),
     "perplexity": Suite(evaluate_perplexity, {}),
-    "overlap": Suite(evaluate_overlap, {"length": overlap.LENGTH}, of_tasks=True),
+    "overlap": Suite(evaluate_overlap, {"length": COPIED_WORDS}, of_tasks=True),
 }
 
 

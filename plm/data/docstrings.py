@@ -5,9 +5,10 @@
     docstring_signature   which of four first sentences belongs to a function's signature; the others are of functions
                           of the same package. Split by package.
 
-The packages are `sources.TASK_PACKAGES`, and `pydocs#without_tasks` is the corpus without them, so a model pretrained
-on it has seen neither side of the tasks. A text that occurs more than once (the same docstring in several classes) is
-in neither task. The examples depend on the Python version, as `pydocs` does.
+The packages are `sources.TASK_PACKAGES`. `pydocs#without_tasks` is the corpus without them and without the sentences
+elsewhere that share a run of eight words with them (`is_copied`), so a model pretrained on it has seen neither side of
+the tasks. A text that occurs more than once (the same docstring in several classes) is in neither task. The examples
+depend on the Python version, as `pydocs` does.
 """
 
 import ast
@@ -17,6 +18,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from plm.data.examples import COPIED_WORDS, words
 from plm.data.sources import TASK_PACKAGES, PythonDocumentation, prose
 from plm.data.task_files import Record
 from plm.errors import UserError
@@ -73,6 +75,21 @@ def _read(module: str, path: str) -> Iterator[Docstring]:
         if sentences:
             signature = f"def {node.name}({ast.unparse(node.args)})" if isinstance(node, functions) else ""
             yield Docstring(module, f"{module}:{getattr(node, 'lineno', 1)}", signature, sentences)
+
+
+def is_copied(sentence: str) -> bool:
+    """Whether a run of eight words of the sentence stands in a docstring of the tasks' packages."""
+    return not _copied_runs().isdisjoint(_runs(sentence))
+
+
+@functools.cache
+def _copied_runs() -> frozenset[tuple[str, ...]]:
+    return frozenset(run for docstring in docstrings() for run in _runs(docstring.text))
+
+
+def _runs(text: str) -> Iterator[tuple[str, ...]]:
+    found = words(text)
+    return (tuple(found[i : i + COPIED_WORDS]) for i in range(len(found) - COPIED_WORDS + 1))
 
 
 def _module_splits() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from plm.data.task_files import Record, column
@@ -9,6 +10,13 @@ from plm.errors import UserError
 from plm.randomness import stable_hash
 
 KINDS = ("single", "pair", "similarity", "choice", "tagging", "span", "word")
+COPIED_WORDS = 8  # a run of so many that two texts share counts as copied (protocol 1)
+_WORD = re.compile(r"[^\W_]+")
+
+
+def words(text: str) -> list[str]:
+    """Runs of letters and digits, without case: what copies are counted in, whatever their spacing and marks."""
+    return _WORD.findall(text.lower())
 
 
 @dataclasses.dataclass(frozen=True)

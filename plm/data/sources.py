@@ -804,8 +804,8 @@ class PythonDocumentation(Source):
     """`pydocs`: `pydoc_data.topics` and the docstrings of the standard library of the Python that runs.
 
     One document per topic or module, about 1.7 MB of prose. Sources are parsed, never imported. The text differs
-    between Python versions. without_tasks: leaves out the packages of `TASK_PACKAGES`, for pretraining before the
-    embedded tasks: about 1.3 MB.
+    between Python versions. without_tasks: leaves out the packages of `TASK_PACKAGES` and what was copied from them,
+    for pretraining before the embedded tasks: about 1.3 MB.
     """
 
     licence = "PSF-2.0"
@@ -853,12 +853,13 @@ class PythonDocumentation(Source):
         if not self.files:
             raise UserError("data source 'pydocs' is empty: this Python comes without the source of its library")
         groups = [self.files[i : i + _MODULES_PER_SHARD] for i in range(0, len(self.files), _MODULES_PER_SHARD)]
-        return [PythonDocumentationShard(tuple(group)) for group in groups]
+        return [PythonDocumentationShard(tuple(group), self.without_tasks) for group in groups]
 
 
 @dataclass(frozen=True)
 class PythonDocumentationShard(Shard):
     files: tuple[tuple[str, str], ...]
+    without_tasks: bool = False
 
     @property
     def bytes(self) -> int:
@@ -877,6 +878,10 @@ class PythonDocumentationShard(Shard):
             for name, blocks in texts.items():
                 # Generated modules repeat the same docstring dozens of times.
                 sentences = dict.fromkeys(sentence for block in blocks for sentence in prose(block))
+                if self.without_tasks:
+                    from plm.data.docstrings import is_copied  # they are made of this module's parts
+
+                    sentences = [sentence for sentence in sentences if not is_copied(sentence)]
                 if sentences:
                     yield Document(f"pydocs:{name}", tuple(sentences))
 

@@ -220,7 +220,7 @@ def gpt(real_data, tmp_path_factory):
             "clip_norm": float(optimizer["max_grad_norm"]),
         }
     )
-    configs.validate(config)
+    configs.validate(config, complete=False)
     graph = build(config, settings["n_vocab"] + settings["n_special"], tuple(config.objectives), jnp.float32)
     params, report = weights.assemble(graph, links, arrays, source=copy)
     assert (report.missing, report.left_over) == ((), ())
@@ -269,6 +269,7 @@ def test_gpt_hidden_states_and_logits_of_tokens_and_positions(gpt):
     assert (hidden_rows <= -1e29).all()
 
 
+@pytest.mark.slow
 def test_gpt_losses_of_each_sequence_and_example(gpt):
     _, graph, params, objectives, _, batch, _, folder = gpt
     expected = np.load(folder / "expected_forward.npz")
@@ -348,9 +349,8 @@ def bert_tree(graph, links, path) -> dict:
     return tree
 
 
-@pytest.mark.parametrize(
-    ("activation", "infix"), [("gelu", ""), pytest.param("gelu_erf", "_erf_gelu", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("activation", "infix"), [("gelu", ""), ("gelu_erf", "_erf_gelu")])
 def test_bert_losses_and_gradients(real_data, activation, infix):
     folder = real_data / "oracles/bert/tiny_google"
     _, graph, links, objectives, coefficients, batch = bert_of(folder, activation)

@@ -564,6 +564,7 @@ def grow_vocabulary(params: PyTree, graph, size: int, old_pieces: Sequence[Seque
     """`params` of a model of `size` ids (stored names) with a row more for each of `old_pieces`, padded as in `graph`.
 
     Tables and biases of the vocabulary get the mean of the rows of the ids that the new entry was written with before.
+    Without `old_pieces` only the padding changes.
     """
     grown = size + len(old_pieces)
     others = ("embedding/positions/", "embedding/segments/")
@@ -573,8 +574,8 @@ def grow_vocabulary(params: PyTree, graph, size: int, old_pieces: Sequence[Seque
         if path not in tables:
             return leaf
         leaf = np.asarray(leaf)[:size]
-        new = np.stack([leaf[np.asarray(ids)].mean(axis=0) for ids in old_pieces]).astype(leaf.dtype)
-        whole = np.concatenate([leaf, new])
+        new = [leaf[np.asarray(ids)].mean(axis=0, keepdims=True).astype(leaf.dtype) for ids in old_pieces]
+        whole = np.concatenate([leaf, *new])
         return np.pad(whole, [(0, tables[path] - grown)] + [(0, 0)] * (leaf.ndim - 1))
 
     return _nest({path: grow(path, leaf) for path, leaf in paths_and_leaves(params)})

@@ -201,7 +201,7 @@ def _start(config, corpus: Corpus, graph: ModelGraph, source: _Source | None, fr
     else:
         loaded, step = checkpoint.restore_params(source.name, source.step)
         where = f"{source.name} at step {step}"
-    if grown:
+    if theirs:
         old_pieces = theirs.encode(grown)
         loaded = checkpoint.grow_vocabulary(loaded, graph, theirs.size, old_pieces)
         for word, ids in zip(grown, old_pieces, strict=True):

@@ -7,14 +7,15 @@ start at once.
 __version__ = "0.1.0"
 
 
-def load(source, *, random: bool = False):
-    """The model that a run left in its workdir: `plm.load("runs/bert@500").embed(["A text."])`.
+def load(source, *, random: bool = False, allow_missing: str = "", vocabulary: str = ""):
+    """A model to use: `plm.load("runs/bert@500").embed(["A text."])`.
 
-    source: SRC (its newest checkpoint) or SRC@STEP. random: with the parameters that training began with. Returns a
-    `plm.inference.model.Model`; see there for `embed`, `generate` and `fill_mask`.
+    source: a run's workdir (its newest checkpoint; @STEP names another one), a converted or a foreign folder. random:
+    with the parameters that training began with. allow_missing, vocabulary: of a foreign folder, see
+    `plm.weights.read`. Returns a `plm.inference.model.Model`: `embed`, `tokenize`, `score`, `generate`, `fill_mask`.
 
     Errors: `plm.errors.UserError` when a part is missing or damaged.
     """
     from plm.inference.model import load as load_model  # imports JAX
 
-    return load_model(source, random=random)
+    return load_model(source, random=random, allow_missing=allow_missing, vocabulary=vocabulary)

@@ -67,7 +67,7 @@ class Job:
     def characters(self, model) -> int:
         """Of a chunk: four a unit, about."""
         floats = model.n_features * len(self.options.layers)
-        return self.chunk or min(max(4 * CHUNK_FLOATS // floats, 1 << 14), 1 << 20)
+        return self.chunk or min(max(4 * CHUNK_FLOATS // floats, 1 << 14), 1 << 18)
 
 
 def check_output(path: str) -> Path:

@@ -9,7 +9,7 @@
 | budget | body | text | hardware, time a point | expected |
 | --- | --- | --- | --- | --- |
 | tiny | 0.4M: 2 layers x 128 | embedded corpus | 2 CPU cores, 2 minutes | at least halfway from unigram to bigram |
-| laptop | 0.8M: 4 layers x 128 | 4M tokens, 14M read | 2 CPU cores, 20 to 45 minutes | past the trigram |
+| laptop | 0.8M: 4 layers x 128 | 4M tokens, 14M read | 2 CPU cores, 20 to 45 minutes | docs/reference_runs.md |
 | small | 14.2M: 8 layers x 384 | 15M tokens, 20 passes | one accelerator, minutes | not measured yet |
 
 `arm=controlled` (protocol.md 3) answers what the objective buys: one shared cased byte-level BPE without UNK, the

@@ -3,7 +3,7 @@
 #   make setup       .venv with the versions of constraints.txt; PYTHON=python3.12 chooses an interpreter (3.11 or later)
 #   make demo        pretrains ELMo, GPT and BERT small on the embedded corpus and names the page that compares them
 #   make test        lint and all tests but the slow ones; make test-full runs the slow ones too; ARGS='-k masked' chooses
-#   make bench       one training step of each model beside the same mathematics in PyTorch (.venv-peers)
+#   make bench       a training step of each model, and embedding texts, beside the same mathematics in PyTorch
 #   make parity      the same weights in Transformers and here, both ways (.venv-peers)
 #   make lint        ruff; make format mends what it can
 #   make clean       removes caches; make distclean the environments too; neither touches runs

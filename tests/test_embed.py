@@ -51,12 +51,13 @@ def test_one_compile_for_each_shape(models):
     texts = [" ".join([word] * n) for n in (33, *range(1, 40), 40)]
     vectors = gpt.embed(texts)
     (program,) = (found for found in gpt._shared.values() if callable(found))
-    assert program._cache_size() == 1, "so few rows run as one batch"
+    shapes = {tuple(shape) for _, *shape in batches.batches([len(text.split()) for text in texts], 40)}
+    assert program._cache_size() == len(shapes) <= 3
     for text, found in zip(texts, vectors, strict=True):
         # This model sees no future, so each text's vectors begin those of the longest one.
         assert np.abs(found - vectors[-1][: len(text.split())]).max() < 1e-4
     dataclasses.replace(gpt, params=jax.tree.map(np.zeros_like, gpt.params)).embed(texts)
-    assert program._cache_size() == 1, "a control runs the same programs"
+    assert program._cache_size() == len(shapes), "a control runs the same programs"
 
 
 def test_batches_hold_every_text_once_in_few_shapes():

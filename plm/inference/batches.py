@@ -1,6 +1,7 @@
 """Rows of ids as few padded shapes, spread over all devices there are."""
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 SHORTEST = 16  # tokens of the smallest shape
-BATCH_TOKENS = {"cpu": 4096}  # rows x tokens of a full batch on one device, about
+BATCH_TOKENS = {"cpu": 1024}  # rows x tokens of a full batch on one device, about
 ACCELERATOR_TOKENS = 32768
 
 
@@ -32,36 +33,37 @@ def power_of_two(n: int) -> int:
 
 
 def bucket(n: int, longest: int | None = None) -> int:
-    """The padded length of n tokens: 16, 24, 32, 48, 64, 96, ..., at most `longest`."""
-    above = power_of_two(n)
-    width = max(SHORTEST, above * 3 // 4 if n <= above * 3 // 4 else above)
+    """The padded length of n tokens: 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, ..., at most `longest`."""
+    step = max(power_of_two(n) // 8, SHORTEST // 4)
+    width = max(SHORTEST, -(-n // step) * step)
     return width if longest is None else min(width, longest)
 
 
 def padded_rows(n: int) -> int:
-    """Rows of the shape that holds n: a power of two, the same number on each device."""
-    devices = mesh().size
-    return -(-power_of_two(n) // devices) * devices
+    """Rows of the shape that holds n: 1 to 8, 10, 12, 14, 16, 20, ..., the same number on each device."""
+    step = math.lcm(max(power_of_two(n) // 8, 1), mesh().size)
+    return -(-n // step) * step
 
 
 def batches(lengths: Sequence[int], longest: int | None = None) -> Iterator[tuple[list[int], int, int]]:
     """(indices, rows, width) of batches, shortest first.
 
-    Each width has one number of rows. What would fill less than half a batch goes to the next width, so that a few
-    short texts beside a few long ones neither run nor compile by themselves; only the last batch has fewer rows.
+    Each width has one number of rows, and all batches but the last are full: what does not fill a batch of its own
+    width is read with longer texts, so that a few short ones among them neither run nor compile by themselves.
     """
     tokens = BATCH_TOKENS.get(jax.default_backend(), ACCELERATOR_TOKENS) * mesh().size
-    by_width: dict[int, list[int]] = {}
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        by_width.setdefault(bucket(lengths[index], longest), []).append(index)
-    waiting: list[int] = []
-    for place, (width, indices) in enumerate(by_width.items()):
-        waiting += indices
-        rows = padded_rows(1 << max((tokens // width).bit_length() - 1, 0))
-        last = place == len(by_width) - 1
-        while len(waiting) >= rows or (waiting and (last or len(waiting) >= rows / 2)):
-            part, waiting = waiting[:rows], waiting[rows:]
-            yield part, min(rows, padded_rows(len(part))), width
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    widths = np.array([bucket(lengths[index], longest) for index in order])
+    ends = {int(width): int(np.searchsorted(widths, width, side="right")) for width in np.unique(widths)}
+    at = 0
+    for width, end in ends.items():
+        rows = padded_rows(max(tokens // width, 1))
+        while end - at >= rows:
+            yield order[at : at + rows], rows, width
+            at += rows
+    if at < len(order):
+        rest = order[at:]
+        yield rest, padded_rows(len(rest)), int(widths[-1])
 
 
 def pad(ids: Sequence[Sequence[int]], rows: int, width: int, padding: int) -> tuple[np.ndarray, np.ndarray]:

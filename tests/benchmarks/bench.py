@@ -1,11 +1,14 @@
-"""Times a training step of each model beside the same mathematics in PyTorch: `make bench`.
+"""Times a training step of each model, and embedding texts, beside the same mathematics in PyTorch: `make bench`.
 
-    python -m tests.benchmarks.bench --output=runs/bench [--models=bert,gpt,bilm] [--rounds=15] [--width=512 ...]
+    python -m tests.benchmarks.bench --output=runs/bench [--parts=train,embed --models=bert,gpt,bilm] [--width=512 ...]
 
 Both sides are processes of their own, so that neither's threads disturb the other's, and are asked for a step in
 turns: ours, theirs, ours, ... A ratio is of two neighbouring steps; the median over all rounds and the middle 80% are
 reported, so that a busy machine widens the range rather than moving the ratio. Same sizes, dropout, Adam, compute type,
 threads (all cores) and memory allocator settings on both sides. Writes bench.md and bench.json.
+
+Embedding begins with strings and ends with an array a text, tokenisation included; float32. Both sides sort the texts
+by length. PyTorch pads each batch to its longest text, for each of `EMBED_BATCHES` texts a batch, and the best counts.
 """
 
 import argparse
@@ -22,7 +25,9 @@ from pathlib import Path
 
 from plm import host
 from tests.benchmarks.sizes import MODELS, Size
+from tests.benchmarks.texts import texts
 
+EMBED_BATCHES = (8, 32, 128)
 GOALS = {"bert": 1.3, "gpt": 1.0, "bilm": 3.0}  # times that torch takes longer, on CPU at these sizes
 TITLES = {
     "bert": "BERT, logits at the masked positions",
@@ -62,7 +67,7 @@ def serve(which: str, size: Size, threads: int, keep_memory: bool) -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     if keep_memory:
         host.keep_memory()
-    steps, hits = {}, []
+    steps, embeds, hits = {}, {}, []
     if which == "ours":
         import jax
 
@@ -85,6 +90,12 @@ def serve(which: str, size: Size, threads: int, keep_memory: bool) -> None:
             answer = sum(hits) - before
         elif command == "step":
             answer = steps[arguments[0]]()
+        elif command == "make_embed":
+            embeds[tuple(arguments)] = side.Embed(arguments[0], size, *arguments[1:])
+            answer = None
+        elif command == "embed":
+            n, *key = arguments
+            answer = embeds[tuple(key)](texts(size, n))
         elif command == "facts":
             answer = steps[arguments[0]].facts()
         elif command == "product":
@@ -102,6 +113,39 @@ def spread(values: list[float]) -> tuple[float, float, float]:
     return statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)]
 
 
+def measure_embed(options, size: Size, names: list[str], ours: Side, theirs: Side) -> dict:
+    """{model: pieces a second of both sides, and the ratios of neighbouring passes over the texts}."""
+    pieces = sum(len(text.split()) for text in texts(size, options.texts))
+    result = {}
+    for name in names:
+        ours("make_embed", name)
+        first = ours("embed", options.texts, name)
+        tried = {}
+        for batch in EMBED_BATCHES:
+            theirs("make_embed", name, batch)
+            theirs("embed", options.texts, name, batch)
+            tried[batch] = theirs("embed", options.texts, name, batch)
+        batch = min(tried, key=tried.get)
+        seconds = {"ours": [], "theirs": []}
+        for _ in range(options.rounds):
+            seconds["ours"].append(ours("embed", options.texts, name))
+            seconds["theirs"].append(theirs("embed", options.texts, name, batch))
+        median, low, high = spread([b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)])
+        result[name] = {
+            "texts": options.texts,
+            "pieces": pieces,
+            "ours_pieces_per_second": pieces / statistics.median(seconds["ours"]),
+            "theirs_pieces_per_second": pieces / statistics.median(seconds["theirs"]),
+            "theirs_batch": batch,
+            "first_seconds": first,
+            "ratio": median,
+            "ratio_low": low,
+            "ratio_high": high,
+        }
+        print(f"embed {name}: {median:.2f} ({low:.2f} to {high:.2f})", file=sys.stderr)
+    return result
+
+
 def measure(options, size: Size, passed_on: list[str]) -> dict:
     names = [name for name in MODELS if name in options.models.split(",")]
     pairs = [(name, name) for name in names] + ([("bert", "bert_all")] if "bert" in names else [])
@@ -114,7 +158,14 @@ def measure(options, size: Size, passed_on: list[str]) -> dict:
             "allocator": options.allocator,
             "rounds": options.rounds,
             "models": {},
+            "embed": {},
         }
+        if "embed" in options.parts.split(","):
+            result["embed"] = measure_embed(options, size, names, ours, theirs)
+        if "train" not in options.parts.split(","):
+            ours.close()
+            theirs.close()
+            return result
         for name in names:
             print(f"compiling {name}", file=sys.stderr)
             first_hits = ours("make", name)
@@ -162,6 +213,30 @@ def measure(options, size: Size, passed_on: list[str]) -> dict:
 
 def markdown(result: dict) -> str:
     """The figures as two tables."""
+    lines = _embed_table(result) + (_train_tables(result) if result["models"] else [])
+    return "\n".join(lines) + "\n"
+
+
+def _embed_table(result: dict) -> list[str]:
+    if not result["embed"]:
+        return []
+    one = next(iter(result["embed"].values()))
+    lines = [
+        f"Embedding {one['texts']:,} texts ({one['pieces']:,} pieces), float32, strings to arrays.",
+        "",
+        "| embed | our pieces/s | torch's (texts a batch) | ours / torch (middle 80%) | goal | our first pass s |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in result["embed"].items():
+        lines.append(
+            f"| {TITLES[name].split(',')[0]} | {row['ours_pieces_per_second']:,.0f} |"
+            f" {row['theirs_pieces_per_second']:,.0f} ({row['theirs_batch']}) | {row['ratio']:.2f}"
+            f" ({row['ratio_low']:.2f} to {row['ratio_high']:.2f}) | 1.0 | {row['first_seconds']:.1f} |"
+        )
+    return [*lines, ""]
+
+
+def _train_tables(result: dict) -> list[str]:
     size = result["size"]
     lines = [
         f"One training step, {size['dtype']}, batch {size['batch']} x {size['length']}, vocabulary"
@@ -199,13 +274,15 @@ def markdown(result: dict) -> str:
             f" {row['all_logits_bytes'] / 1e6:.1f} | {row['first_seconds']:.1f},"
             f" {row['second_start_first_seconds']:.1f} ({row['cache_hits_of_the_second_start']}) |"
         )
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", default="runs/bench", help="folder of bench.md and bench.json")
+    parser.add_argument("--parts", default="train,embed")
+    parser.add_argument("--texts", type=int, default=1000, help="how many are embedded")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=cores, help="of torch; XLA uses the cores that it may use")

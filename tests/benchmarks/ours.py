@@ -9,12 +9,15 @@ import numpy as np
 import optax
 
 from experiments import common
+from plm.data.tokenizers import Tokenizer
+from plm.inference.model import Model
 from plm.models.flops import train_flops
 from plm.models.graph import build
 from plm.training import config as configs
 from plm.training.objectives import make_objectives
 from plm.training.step import make_train_step, new_state
 from tests.benchmarks.sizes import Size
+from tests.benchmarks.texts import SPECIALS, vocabulary
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "u16": 2, "s16": 2, "f32": 4, "s32": 4, "u32": 4}
 
@@ -152,6 +155,28 @@ class Step:
             "host_seconds": clock,
             "host_work_seconds": work,
         }
+
+
+class Embed:
+    """`embed(texts)` gives the top layer's vectors of every piece and returns the seconds that it took."""
+
+    def __init__(self, name: str, size: Size):
+        pieces = vocabulary(size)
+        roles = {
+            role: pieces.index(token)
+            for role, token in zip(("pad", "unk", "cls", "sep", "mask"), SPECIALS, strict=True)
+        }
+        tokenizer = Tokenizer("wordpiece", pieces, roles, lowercase=True)
+        settings = config(name, size)
+        graph = build(settings, tokenizer.size, tuple(settings.objectives), jnp.float32)
+        self.model = Model(settings, tokenizer, graph, graph.init(jax.random.key(0)), 0, name)
+
+    def __call__(self, texts: list[str]) -> float:
+        began = time.perf_counter()
+        vectors = self.model.embed(texts, -1, "subwords")
+        seconds = time.perf_counter() - began
+        assert all(len(found) == len(text.split()) for text, found in zip(texts, vectors, strict=True))
+        return seconds
 
 
 def largest_array(program: str) -> tuple[int, str]:

@@ -167,7 +167,10 @@ def test_bodies_of_the_comparison_agree_within_two_percent(size, input):
 def test_cells_differ_in_nothing_but_architecture_and_objective():
     """What two cells do not share is the model's shape, its objective, its learning rate and where state is carried."""
     first, *others = [configs.flatten(load(f"compare.py:tiny,{cell}")) for cell in CELLS]
-    may = re.compile(r"model\.(architecture|direction|layers|mlp_width|heads|max_positions|attention_dropout|lstm\..*)")
+    may = re.compile(
+        r"model\.(architecture|direction|layers|mlp_width|heads|max_positions|positions_in_softmax|attention_dropout"
+        r"|lstm\..*)"
+    )
     for other in others:
         differing = {key for key in {**first, **other} if first.get(key) != other.get(key)}
         rest = {key for key in differing if not may.fullmatch(key) and not key.startswith("objectives.")}

@@ -6,14 +6,15 @@ import numpy as np
 import optax
 import pytest
 from ml_collections import ConfigDict
-from toys import ToyTokenizer, toy_batch, toy_graph
+from toys import ToyTokenizer, objective_settings, toy_batch, toy_graph
 
 from plm.errors import UserError
 from plm.training import config as configs
-from plm.training.objectives import Causal, Choose, Draw
+from plm.training.objectives import Causal, Draw
 from plm.training.step import make_eval_step, make_train_step, new_state
+from plm.training.task_objectives import Choose
 
-SETTINGS = ConfigDict({"choices": 3, "position": "last", "dropout": 0.0})
+SETTINGS = objective_settings("choose", choices=3)
 B, T = 12, 8
 
 
@@ -42,9 +43,9 @@ def drawn(graph) -> dict:
     return params
 
 
-def graph_of(direction: str = "forward", **settings):
+def graph_of(direction: str = "forward", head=SETTINGS, **settings):
     names = ("causal", "choose") if direction == "forward" else ("choose",)
-    return toy_graph("transformer", direction, names, head_bias=False, **settings)
+    return toy_graph("transformer", direction, names, heads={"choose": head}, head_bias=False, **settings)
 
 
 def test_scores_are_those_of_the_last_token_and_padding_counts_nothing():
@@ -61,23 +62,6 @@ def test_scores_are_those_of_the_last_token_and_padding_counts_nothing():
     assert tuple(map(float, sums["choose_accuracy"])) == ((p.argmax(1) == right).sum(), 3)
 
 
-def test_the_scored_vector_has_seen_the_whole_row():
-    for direction, position in (("forward", "last"), ("full", "last"), ("full", "first")):
-        objective = Choose(ConfigDict({**SETTINGS, "position": position}), ToyTokenizer())
-        graph, batch = graph_of(direction), task_batch(objective)
-        params = drawn(graph)
-        batch["tokens"] = np.arange(B * T, dtype=np.int32).reshape(B, T) % 50
-
-        def score(table, params=params, graph=graph, batch=batch):
-            embedding = params["embedding"] | {"tokens": {"table": table}}
-            model = graph.bind(params | {"embedding": embedding})
-            return model.heads["choose"].logits(model(batch, {})[0]["hidden"], batch["choose_positions"])[1, 0]
-
-        moved = jax.jit(jax.grad(score))(params["embedding"]["tokens"]["table"])
-        read = np.flatnonzero(np.abs(moved).max(axis=-1))
-        assert read.tolist() == batch["tokens"][1].tolist(), (direction, position)  # row 1 has all T tokens
-
-
 def record() -> optax.GradientTransformation:
     """An optimizer that moves nothing and keeps the gradients."""
     return optax.GradientTransformation(
@@ -88,8 +72,10 @@ def record() -> optax.GradientTransformation:
 
 def test_microbatches_do_not_part_an_example():
     # With dropout: the noise of a row is the same whichever microbatch it comes in.
-    graph = graph_of(dropout=0.2, positions_in_softmax=T, embedding_dropout=0.2, embedding_dropout_on="matrix")
-    objectives = [Causal({}, ToyTokenizer()), Choose(ConfigDict({**SETTINGS, "dropout": 0.3}), ToyTokenizer())]
+    head = objective_settings("choose", choices=3, dropout=0.3)
+    dropped = {"dropout": 0.2, "embedding_dropout": 0.2, "embedding_dropout_on": "matrix"}
+    graph = graph_of(head=head, positions_in_softmax=T, **dropped)
+    objectives = [Causal({}, ToyTokenizer()), Choose(head, ToyTokenizer())]
     batch = task_batch(objectives[1])
     results = []
     for n in (1, 2):
@@ -100,8 +86,8 @@ def test_microbatches_do_not_part_an_example():
 
 
 def test_choices_of_an_example_share_their_dropout_mask():
-    objective = Choose(ConfigDict({**SETTINGS, "dropout": 0.5}), ToyTokenizer())
-    graph = graph_of()
+    settings = objective_settings("choose", choices=3, dropout=0.5)
+    objective, graph = Choose(settings, ToyTokenizer()), graph_of(head=settings)
     head = graph.bind(drawn(graph)).heads["choose"]
     batch = task_batch(objective)
     batch["choose_weights"] = np.ones(B, np.float32)
@@ -154,7 +140,8 @@ def test_the_dropped_positions_are_the_same_at_both_ends():
 
 def task_config(**settings):
     config = configs.base()
-    configs.apply(config, {"total_steps": 1, "batch_size": 12, "seq_len": 8})
+    configs.set_task(config, {"name": "swag"})
+    configs.apply(config, {"total_steps": 1, "batch_size": 12, "seq_len": 8, "data.layout": "task"})
     model = {key[6:]: settings.pop(key) for key in list(settings) if key.startswith("model_")}
     configs.set_model(config, {"direction": "forward", **model})
     configs.add_objective(config, "choose", **settings)
@@ -164,12 +151,16 @@ def task_config(**settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"position": "first"}, "position='first' needs model.direction='full': under a causal mask"),
-        ({"choices": 5}, "batch_size=12 must be divisible by objectives.choose.choices=5 x microbatches=1"),
+        ({"pooling": "first"}, "pooling='first' needs model.direction='full': under a causal mask"),
+        ({"pooling": "first", "model_direction": "both"}, "pooling='first' needs model.direction='full'"),
+        ({"reads": "static"}, "pooling='last' with reads='static' sees one token of a row"),
+        ({"reads": "vectors"}, "with reads='vectors' sees one token"),
+        ({"reads": "vectors", "pooling": "mean"}, "reads='vectors' needs a file of them: data.task.vectors"),
+        ({"reads": "mix", "layers": (0, 3)}, "names layer 3: the model has 0 .its embedding. to 2"),
+        ({"choices": 5}, "batch_size=12 must be divisible by microbatches=1 x the 5 rows that objectives.choose has"),
         ({"choices": 1}, "objectives.choose.choices=1 must be a whole number of at least 2"),
         ({"model_positions_in_softmax": 200}, "positions_in_softmax=200 must be at most model.max_positions=128"),
         ({"model_positions_in_softmax": 8, "model_tied": False}, "positions_in_softmax needs model.tied=True"),
-        ({"model_direction": "both"}, "objectives.choose needs model.direction='forward' or 'full'"),
     ],
 )
 def test_bad_settings_are_one_line(settings, message):
@@ -179,5 +170,5 @@ def test_bad_settings_are_one_line(settings, message):
 
 def test_text_without_labels_is_refused():
     configs.validate(task_config(choices=3))
-    with pytest.raises(UserError, match="needs a task's rows with labels"):
+    with pytest.raises(UserError, match="needs a task's rows, data.layout='task': text has no labels"):
         Choose(SETTINGS, ToyTokenizer()).fields({"length": np.ones(3, np.int32)}, Draw(0, 0, range(3)))

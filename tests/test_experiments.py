@@ -15,8 +15,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from experiments import bert, compare, elmo, gpt
+from experiments import bert, compare, elmo, finetune, gpt
 from launch import sweep
+from plm.data.tasks import TASKS
 from plm.errors import UserError
 from plm.models.graph import build
 from plm.training import config as configs
@@ -42,6 +43,16 @@ SPECS = [f"{name}.py:{arguments}" for name, presets in PRESETS.items() for argum
 SWEEPS = [
     *(f"compare.py:{size}{cells}" for size in compare.BUDGETS for cells in ("", ",cells=all")),
     "compare.py:tiny,arm=native",
+    "finetune.py:rte",
+    "finetune.py:rte,way=probe",
+]
+# What fine-tuning makes of a model depends on how that reads: (arguments, the model that init.from would name).
+FINETUNE = [
+    *((task, "gpt.py:base") for task in ("sst2", "mrpc", "swag", "squad_v2", "sst2,layer_decay=80", "rte,reset_top=3")),
+    *((task, "bert.py:base") for task in ("sst2", "stsb", "swag", "conll2003", "squad_v2", "wic", "custom,kind=pair")),
+    *((task, "elmo.py:original") for task in ("sst2", "mnli", "conll2003", "squad_v2", "wic", "rte,way=full")),
+    *((f"conll2003,way={way}", "bert.py:base") for way in ("full", "features", "probe", "static")),
+    *((f"mnli,way={way}", "bert.py:base") for way in ("full", "features", "probe", "static")),
 ]
 
 
@@ -77,15 +88,35 @@ def test_golden_sweep(spec, monkeypatch):
     check(GOLDEN / f"sweep-{file_of(spec)}", "".join(point.text() + "\n" for point in points))
 
 
+def finetune_file(arguments: str, source: str) -> str:
+    return f"finetune-{arguments.replace(',', '-')}-of-{source.partition('.')[0]}.txt"
+
+
+@pytest.mark.parametrize(("arguments", "source"), FINETUNE)
+def test_golden_finetuning(arguments, source):
+    config = configs.validate(finetune.get_config(arguments, load(source)), complete=False).lock()
+    check(GOLDEN / finetune_file(arguments, source), configs.to_text(config))
+    graph = build(settled(config), config.data.tokenizer.vocab, tuple(config.objectives), jnp.float32)
+    assert any(path.startswith("heads/") for path in graph.paths)
+    for pattern in (*config.optimizer.freeze, *filter(None, (config.init.reset,))):
+        assert any(re.search(pattern, name) for p in graph.parameters for name in p.logical_names), pattern
+
+
+def settled(config):
+    kind = TASKS[config.data.task.name].kind if config.data.task.name != "custom" else config.data.task.kind
+    return configs.settle(config, task=config.data.task.name, kind=kind, classes=3, vectors=0)
+
+
 def test_golden_has_nothing_else():
     expected = {file_of(spec) for spec in SPECS} | {f"sweep-{file_of(spec)}" for spec in SWEEPS}
+    expected |= {finetune_file(*one) for one in FINETUNE}
     assert {path.name for path in GOLDEN.iterdir()} == expected
 
 
 def test_every_experiment_file_is_covered_and_says_its_command():
     files = {path.stem for path in (REPOSITORY / "experiments").glob("*.py")} - {"__init__", "common"}
-    assert files == set(PRESETS)
-    for module in (elmo, gpt, bert, compare):
+    assert files == {*PRESETS, "finetune"}
+    for module in (elmo, gpt, bert, compare, finetune):
         documentation = inspect.getdoc(module)
         for word in ("python -m plm.train", "hardware", "expected"):
             assert word in documentation, (module.__name__, word)

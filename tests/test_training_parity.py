@@ -203,6 +203,8 @@ def gpt(real_data, tmp_path_factory):
     del config.objectives["causal"]
     configs.add_objective(config, "causal", coefficient=settings["lm_coef"], per_row=True)
     configs.add_objective(config, "choose", choices=2)
+    configs.set_task(config, {"name": "storycloze"})
+    config.data.layout = "task"
     config.batch_size = 6
     optimizer = settings["optimizer"]
     config.optimizer.update(
@@ -283,7 +285,7 @@ def test_gpt_losses_of_each_sequence_and_example(gpt):
         np.testing.assert_allclose(means["choose"], expected["clf_losses"][row // 2], **FORWARD)
     model = graph.bind(params)
     outputs, _ = model(batch, {})
-    scores = model.heads["choose"].logits(outputs["hidden"], batch["choose_positions"])
+    scores = model.heads["choose"].of_rows(outputs, batch, None, None)
     np.testing.assert_allclose(scores.reshape(3, 2), expected["clf_logits"], **FORWARD)
 
 

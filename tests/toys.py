@@ -5,6 +5,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from plm.models.graph import build
+from plm.training import config as configs
 
 VOCABULARY = 50
 
@@ -50,8 +51,17 @@ def model_config(architecture: str, direction: str, **settings) -> ConfigDict:
 OBJECTIVE_OF = {"forward": "causal", "both": "bidirectional", "full": "masked"}
 
 
-def toy_graph(architecture: str, direction: str, objectives=None, **settings):
+def objective_settings(name: str, **settings) -> ConfigDict:
+    """The group of an objective with its defaults."""
+    config = configs.base()
+    configs.add_objective(config, name, **settings)
+    return config.objectives[name]
+
+
+def toy_graph(architecture: str, direction: str, objectives=None, *, heads=None, **settings):
+    """heads: {task objective: its settings}."""
     config = model_config(architecture, direction, **settings)
+    config.objectives = heads or {}
     return build(config, VOCABULARY, objectives or (OBJECTIVE_OF[direction],), jnp.float32)
 
 

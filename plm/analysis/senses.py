@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from plm.data import static_vectors
 from plm.data.store import Progress
 from plm.errors import UserError
 from plm.inference import lines, reading
@@ -32,7 +33,6 @@ from plm.randomness import stable_hash
 
 AROUND = "\"'`.,;:!?()[]{}<>*_-“”‘’…"
 KEPT_WORDS = 1_000_000  # distinct words that are counted; beyond, the rarest are forgotten
-STATIC_ROWS = 400_000  # rows of a vector file that are read, the most frequent words in published ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +235,7 @@ def static_neighbours(model, word: str, counts: Counter, settings: Settings, pat
     ranked = sorted((w for w in counts if w.isalpha() and counts[w] > 1), key=lambda w: (-counts[w], w))
     words = [w for w in ranked[: settings.vocabulary] if w != word]
     if path:
-        table = _read_vectors(path)
+        table = static_vectors.read(path, f"--static={path}")
         if word not in table:
             raise UserError(f"--static={path}: the word {word!r} has no vector there")
         words = [w for w in words if w in table]
@@ -247,25 +247,6 @@ def static_neighbours(model, word: str, counts: Counter, settings: Settings, pat
     similarity = rows[1:] @ rows[0]
     best = np.argsort(-similarity, kind="stable")[:n]
     return source, [(words[i], float(similarity[i])) for i in best]
-
-
-def _read_vectors(path: str):
-    """A GloVe or word2vec file, text or `.bin`, by gensim."""
-    try:
-        from gensim.models import KeyedVectors
-    except ImportError:
-        raise UserError("--static needs gensim: pip install 'plm[static]'") from None
-    if not Path(path).is_file():
-        raise UserError(f"--static={path}: there is no such file")
-    options = {"binary": path.endswith((".bin", ".bin.gz")), "limit": STATIC_ROWS, "unicode_errors": "replace"}
-    if not options["binary"]:
-        with lines.open_bytes(path) as file:
-            # word2vec's text files begin with two numbers, GloVe's with the first word.
-            options["no_header"] = len(file.readline(1 << 16).split()) != 2
-    try:
-        return KeyedVectors.load_word2vec_format(path, **options)
-    except (ValueError, EOFError, UnicodeError, IndexError) as error:
-        raise UserError(f"--static={path} is no GloVe or word2vec file: {error}") from None
 
 
 def analyse(model, word: str, path: str, settings: Settings, *, static: str = "") -> dict:

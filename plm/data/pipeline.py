@@ -9,7 +9,8 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from plm.data import sources, store, tokenizers
+from plm.data import sources, static_vectors, store, tasks, tokenizers
+from plm.data.task_rows import TaskRows, TaskSplit, with_task_tokens
 from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
 from plm.models.char_cnn import MAX_CHARACTERS
@@ -136,12 +137,14 @@ class Corpus:
     """A tokenizer and the held-in and held-out text in its ids.
 
     meta: what run.json says of the data: corpus fingerprint (source and split, no tokenizer), licence, counts.
+    task: of a labelled task; its held-out part is then what settings are selected by (protocol 10).
     """
 
     tokenizer: Tokenizer
-    train: store.Split
-    valid: store.Split
+    train: store.Split | TaskSplit
+    valid: store.Split | TaskSplit
     meta: dict
+    task: tasks.TaskData | None = None
 
 
 def _trained_on(source: sources.Source, wanted, valid_fraction: float, progress: bool) -> Tokenizer:
@@ -236,3 +239,81 @@ def open_corpus(
         "replaced_utf8": train.meta.get("replaced_utf8", 0),
     }
     return Corpus(tokenizer, train.train, valid.valid, meta)
+
+
+# -------------------------------------------------------------------------------------------------------------- tasks
+
+
+def load_task(data) -> tasks.TaskData:
+    """The task that `config.data.task` names."""
+    given = {key: data.task[key] for key in ("files", *tasks.SETTINGS) if key != "name" and key in data.task}
+    return tasks.load(data.task.name, **given)
+
+
+def task_split(config, task: tasks.TaskData, name: str, examples, tokenizer: Tokenizer, *, progress: bool = True):
+    """The rows of some of a task's examples, as the objectives of `config` want them."""
+    choose = config.objectives.get("choose", {})
+    pairs = [config.objectives[o].pairs for o in ("classify", "regress") if o in config.objectives]
+    settings = {
+        "seq_len": config.seq_len,
+        "pairs": pairs[0] if pairs else "joined",
+        "choices": choose.get("choices", 0),
+        **{key: config.data.task[key] for key in ("word_piece", "question", "stride")},
+    }
+    with_words = bool(config.data.task.vectors)
+    return TaskSplit(task, name, examples, tokenizer, settings, with_words=with_words, progress=progress)
+
+
+def open_task(
+    config,
+    *,
+    tokenizer_directory: epath.Path | None = None,
+    inherited: Tokenizer | None = None,
+    progress: bool = True,
+) -> Corpus:
+    """The rows of the task of `config.data.task`; the arguments are those of `open_corpus`."""
+    data = config.data
+    if tokenizer_directory is not None and (tokenizer_directory / "tokenizer.json").exists():
+        tokenizer = Tokenizer.load(tokenizer_directory)
+    elif data.tokenizer.path:
+        saved = (epath.Path(data.tokenizer.path) / "tokenizer_settings.json").exists()
+        tokenizer = Tokenizer.load(data.tokenizer.path) if saved else Tokenizer.from_official(data.tokenizer.path)
+    elif inherited is not None:
+        tokenizer = inherited
+    else:
+        raise UserError("a task needs a vocabulary: that of init.from, or data.tokenizer.path")
+    tokenizer = with_task_tokens(tokenizer)
+    task = load_task(data)
+    (name, selection), _ = task.selection_and_report()
+    train = task_split(config, task, "train", task.examples("train"), tokenizer, progress=progress)
+    valid = task_split(config, task, name, selection, tokenizer, progress=progress)
+    meta = {
+        "source": f"task:{task.name}",
+        "valid_source": name,
+        "fingerprint": task.fingerprint,
+        "licence": None,
+        "train": train.counts(),
+        "valid": valid.counts(),
+        "replaced_utf8": 0,
+    }
+    return Corpus(tokenizer, train, valid, meta, task)
+
+
+def task_vectors(config, split: TaskSplit) -> np.ndarray | None:
+    """float32 [words + 1, D]: the vectors of `data.task.vectors` for the words of a split."""
+    path = config.data.task.vectors
+    return static_vectors.table(path, split.words, f"data.task.vectors={path}") if path else None
+
+
+def task_layout(config, split: TaskSplit, tokenizer: Tokenizer, *, batch_size: int, seed: int, mode: str) -> TaskRows:
+    """The layout of a split, see `TaskRows`."""
+    return TaskRows(
+        split,
+        tokenizer,
+        seq_len=config.seq_len,
+        batch_size=batch_size,
+        seed=seed,
+        settings=config.data.task,
+        mode=mode,
+        vectors=task_vectors(config, split),
+    )

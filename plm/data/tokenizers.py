@@ -144,7 +144,8 @@ class Tokenizer:
     vocabulary: the pieces in the order of their ids. merges: of the two BPE kinds. roles: which of unk, pad, cls, sep,
     mask, bos, eos, eod (end of document) there are, and their ids. lowercase: whether text is lower-cased (WordPiece:
     accents are removed too). pretokenized: text has spaces between words already and is only split there (bpe, words).
-    base, added: the entries without the added words, and these as text (`with_added`).
+    base, added: the entries without the added words, and these as text (`with_added`). marks: roles of tokens behind
+    all others that frame a task's rows and are never read from text (`with_marks`).
     lossless: decoding gives the text back, byte for byte. continuations: bool [size], pieces that continue the word
     before them, or None where the kind cannot tell. special_ids: ids that masking never chooses.
     byte_lengths: int32 [size], bytes of text of each id (special tokens 0, eod 1) if lossless, else None.
@@ -160,19 +161,23 @@ class Tokenizer:
         lowercase: bool | None = None,
         pretokenized: bool = False,
         added: Sequence[str] = (),
+        marks: Sequence[str] = (),
     ):
         lowercase = _check(kind, lowercase, pretokenized)
         self.kind, self.lowercase, self.pretokenized = kind, lowercase, pretokenized
-        self.base, self.added = tuple(vocabulary), tuple(added)
-        self.vocabulary = self.base + tuple(_entry(kind, word) for word in self.added)
-        self.merges, self.roles = tuple(merges), dict(roles)
+        self.base, self.added, self.marks = tuple(vocabulary), tuple(added), tuple(marks)
+        self.merges, self._own_roles = tuple(merges), dict(roles)
+        read = self.base + tuple(_entry(kind, word) for word in self.added)
+        self.vocabulary = read + tuple(f"_{name}_" for name in self.marks)
+        self.roles = self._own_roles | {name: len(read) + i for i, name in enumerate(self.marks)}
         self.size = len(self.vocabulary)
         ids = {piece: i for i, piece in enumerate(self.vocabulary)}
         if len(ids) != self.size:
             twice = next(piece for piece, n in collections.Counter(self.vocabulary).items() if n > 1)
             raise UserError(f"vocabulary: {twice!r} is there more than once; every entry must be there once")
         settings = (lowercase, pretokenized, sorted(self.roles.items()))
-        parts = (self.base, map(" ".join, self.merges), *([self.added] if self.added else []))
+        more = [part for part in (self.added, self.marks) if part]
+        parts = (self.base, map(" ".join, self.merges), *more)
         entries = (f"{stable_hash(*part, bits=128):032x}" for part in parts)
         self.fingerprint = f"{stable_hash('tokenizer', VERSION, kind, *settings, *entries, bits=128):032x}"
         self.special_ids = np.array(
@@ -190,7 +195,7 @@ class Tokenizer:
             self.continuations = np.array(marked, bool)
         if kind == "words":
             self.continuations = np.zeros(self.size, bool)
-        self.backend = self._backend(ids)
+        self.backend = self._backend({piece: ids[piece] for piece in read})
 
     def _backend(self, ids: dict[str, int]) -> tokenizers.Tokenizer:
         if self.kind == "wordpiece":
@@ -236,16 +241,21 @@ class Tokenizer:
         return whole
 
     def __reduce__(self):
-        settings = (self.roles, self.merges, self.lowercase, self.pretokenized, self.added)
+        settings = (self._own_roles, self.merges, self.lowercase, self.pretokenized, self.added, self.marks)
         return _restore, (self.kind, self.base, *settings)
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.kind}, {self.size:,} ids, {self.fingerprint[:12]})"
 
     def without_added(self) -> "Tokenizer":
-        """The tokenizer that this one was before words were added."""
+        """The tokenizer that this one was before words and marks were added."""
         options = {"lowercase": self.lowercase, "pretokenized": self.pretokenized}
-        return Tokenizer(self.kind, self.base, self.roles, merges=self.merges, **options)
+        return Tokenizer(self.kind, self.base, self._own_roles, merges=self.merges, **options)
+
+    def with_marks(self, names: Sequence[str]) -> "Tokenizer":
+        """This one with tokens of these roles behind all others: GPT's `_start_`, `_delimiter_` and `_classify_`."""
+        options = {"lowercase": self.lowercase, "pretokenized": self.pretokenized, "added": self.added}
+        return Tokenizer(self.kind, self.base, self._own_roles, merges=self.merges, marks=names, **options)
 
     def with_added(self, words: Sequence[str]) -> "Tokenizer":
         """This one with more words, each an entry of its own behind the others.
@@ -256,7 +266,9 @@ class Tokenizer:
         """
         words = [word.lower() if self.lowercase else word for word in words]
         options = {"lowercase": self.lowercase, "pretokenized": self.pretokenized, "merges": self.merges}
-        grown = Tokenizer(self.kind, self.base, self.roles, **options, added=(*self.added, *words))
+        if self.marks:
+            raise UserError(f"words cannot be added behind a task's tokens ({', '.join(self.marks)}): add them before")
+        grown = Tokenizer(self.kind, self.base, self._own_roles, **options, added=(*self.added, *words))
         for word, ids in zip(words, grown.encode(words), strict=True):
             if len(ids) != 1 or ids[0] < self.size or word != "".join(word.split()):
                 raise UserError(
@@ -377,8 +389,9 @@ class Tokenizer:
             "size": self.size,
             "lowercase": self.lowercase,
             "pretokenized": self.pretokenized,
-            "roles": self.roles,
+            "roles": self._own_roles,
             "added": self.added,
+            "marks": self.marks,
             "fingerprint": self.fingerprint,
         }
         try:
@@ -400,8 +413,8 @@ class Tokenizer:
         try:
             settings = json.loads((directory / "tokenizer_settings.json").read_text(encoding="utf-8"))
             model = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-            added = settings.get("added", ())
-            n_base = settings["size"] - len(added)
+            added, marks = settings.get("added", ()), settings.get("marks", ())
+            n_base = settings["size"] - len(added) - len(marks)
             vocabulary = sorted(model["vocab"], key=model["vocab"].__getitem__)[:n_base]
             merges = [tuple(pair) for pair in model.get("merges", ())]
             version, fingerprint = settings["version"], settings["fingerprint"]
@@ -413,6 +426,7 @@ class Tokenizer:
                 lowercase=settings["lowercase"],
                 pretokenized=settings["pretokenized"],
                 added=added,
+                marks=marks,
             )
         except OSError:
             raise UserError(
@@ -464,8 +478,8 @@ class Tokenizer:
         return cls(kind, entries, roles, lowercase=lowercase, pretokenized=kind == "words")
 
 
-def _restore(kind, vocabulary, roles, merges, lowercase, pretokenized, added) -> Tokenizer:
-    options = {"lowercase": lowercase, "pretokenized": pretokenized, "added": added}
+def _restore(kind, vocabulary, roles, merges, lowercase, pretokenized, added, marks) -> Tokenizer:
+    options = {"lowercase": lowercase, "pretokenized": pretokenized, "added": added, "marks": marks}
     return Tokenizer(kind, vocabulary, roles, merges=merges, **options)
 
 

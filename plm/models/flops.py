@@ -3,7 +3,8 @@
 from plm.models.char_cnn import MAX_CHARACTERS
 from plm.models.graph import ModelGraph
 
-ON_ONE_VECTOR = ("next_sentence", "choose")  # objectives whose head reads one position of a row
+ON_ONE_VECTOR = ("next_sentence", "classify", "regress", "choose")  # objectives whose head reads one position of a row
+ON_EVERY_POSITION = ("tag", "span")
 
 
 def forward_flops(graph: ModelGraph, config, vocabulary_size: int, predictions: float) -> float:
@@ -26,13 +27,15 @@ def forward_flops(graph: ModelGraph, config, vocabulary_size: int, predictions: 
             if "/convolutions/" in parameter.path:
                 tokens *= MAX_CHARACTERS - parameter.shape[0] + 1
         elif parameter.path.startswith(tuple(f"heads/{name}/" for name in ON_ONE_VECTOR)):
-            tokens = 1
+            tokens = T if "/reader/" in parameter.path else 1
+        elif parameter.path.startswith(tuple(f"heads/{name}/" for name in ON_EVERY_POSITION)):
+            tokens = T
         elif parameter.path.startswith("heads/"):
             tokens = predictions
         total += 2.0 * parameter.count * tokens
     if model.architecture == "transformer":
         total += 4.0 * T * T * model.width * model.layers * towers
-    vocabulary_heads = sum(name not in ON_ONE_VECTOR for name in config.objectives)
+    vocabulary_heads = sum(name not in (*ON_ONE_VECTOR, *ON_EVERY_POSITION) for name in config.objectives)
     return total + 2.0 * vocabulary_size * model.width * predictions * towers * vocabulary_heads
 
 

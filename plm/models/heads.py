@@ -1,4 +1,4 @@
-"""From hidden vectors to losses over the vocabulary, without ever holding all logits; and heads on one vector a row."""
+"""From hidden vectors to losses over the vocabulary, without ever holding all logits; and next-sentence prediction."""
 
 import math
 from functools import partial
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from plm.models.layers import ACTIVATIONS, Dense, LayerNorm, Noise, Table, dropout
+from plm.models.layers import ACTIVATIONS, Dense, LayerNorm, Table
 
 HIDDEN_LOGIT = -1e30  # logit of padding rows of a table and of accidental hits
 
@@ -202,18 +202,6 @@ class NextSentenceHead(nnx.Module):
     def logits(self, x_BxTxW: jax.Array) -> jax.Array:
         """float32 [B, 2]."""
         return self.output(jnp.tanh(self.pooler(x_BxTxW[:, 0]))).astype(jnp.float32)
-
-
-class VectorHead(nnx.Module):
-    """A linear map of one position's vector in each row: a task's output (GPT section 3.2)."""
-
-    def __init__(self, config, outputs: int, *, dtype, rngs: nnx.Rngs):
-        self.output = Dense(config.width, outputs, config.init, config.init_stddev, dtype=dtype, rngs=rngs)
-
-    def logits(self, x_BxTxW: jax.Array, positions_B: jax.Array, rate: float = 0.0, noise: Noise | None = None):
-        """float32 [B, outputs] of the vectors at `positions_B`, after dropout."""
-        x_BxW = jnp.take_along_axis(x_BxTxW, positions_B[:, None, None], axis=1)[:, 0]
-        return self.output(dropout(x_BxW, rate, noise, "head/input")).astype(jnp.float32)
 
 
 def log_uniform_probabilities(size: int) -> np.ndarray:

@@ -17,9 +17,10 @@ from flax import nnx
 
 from plm.errors import UserError
 from plm.models.char_cnn import CharacterEncoder
-from plm.models.heads import NextSentenceHead, VectorHead, VocabularyHead
+from plm.models.heads import NextSentenceHead, VocabularyHead
 from plm.models.layers import LayerNorm, Noise, Stack, Table, constrain_rows, dropout, dropout_parameter
 from plm.models.lstm import LstmBlock, reverse_within
+from plm.models.task_heads import TASK_HEADS
 from plm.models.transformer import TransformerBlock, attention_mask, continued_mask
 
 DIRECTIONS = ("forward", "both", "full")
@@ -66,18 +67,21 @@ class Embedding(nnx.Module):
         words = batch.get("shared", {}).get("words")
         return None if words is None else constrain_rows(self.characters(constrain_rows(words)))
 
+    def without_context(self, tokens, table: jax.Array | None) -> jax.Array:
+        """[B, T, width]: the vectors of the tokens alone, as in `__call__`."""
+        if self.input == "characters" and table is None:
+            return self.characters(tokens)
+        if table is not None:
+            return jnp.take(table, tokens, axis=0, mode="clip").astype(self.dtype)
+        return self.tokens(tokens, self.dtype)
+
     def __call__(self, tokens, segments, noise: Noise | None, table: jax.Array | None, name: str, start=None):
         """-> [B, T, width]; `name` keeps the noise of two towers apart. start: int32 [B], the first token's position.
 
         tokens: ids [B, T]; characters [B, T, 50]; or, with `table`, rows of it: the distinct words' vectors, or GPT's
         dropped matrix.
         """
-        if self.input == "characters" and table is None:
-            x = self.characters(tokens)
-        elif table is not None:
-            x = jnp.take(table, tokens, axis=0, mode="clip").astype(self.dtype)
-        else:
-            x = self.tokens(tokens, self.dtype)
+        x = self.without_context(tokens, table)
         if self.segments is not None and segments is not None:
             x = x + self.segments(segments, self.dtype)
         if self.positions is not None and start is not None:
@@ -101,7 +105,8 @@ class LanguageModel(nnx.Module):
     `backward` is in the reading order of the backward stream if the batch gave one, else aligned with the tokens.
     `table`: the rows of the softmax where they are not the stored table: the dropped embedding matrix, GPT's positions
     behind it (`positions_in_softmax`). `layers` [L + 1, B, T, features], the embedding
-    first, both towers concatenated and aligned, on request.
+    first, both towers concatenated and aligned, on request or where a head reads them; `static` [B, T, W], the tokens'
+    vectors without context, where a head reads them.
 
     carry: {"forward": {"c" [B, L, C], "m" [B, L, P]}, "backward": ...} float32 for LSTM towers that read left to right
     or right to left; `{}` in means fresh zeros and `{}` out, and is the only carry of every other model in training.
@@ -138,8 +143,8 @@ class LanguageModel(nnx.Module):
         for name in objectives:
             if name == "next_sentence":
                 heads[name] = NextSentenceHead(model, dtype=dtype, rngs=rngs)
-            elif name == "choose":
-                heads[name] = VectorHead(model, 1, dtype=dtype, rngs=rngs)
+            elif name in TASK_HEADS:
+                heads[name] = TASK_HEADS[name](model, config.objectives[name], dtype=dtype, rngs=rngs)
             else:
                 heads[name] = VocabularyHead(
                     model,
@@ -152,6 +157,7 @@ class LanguageModel(nnx.Module):
                     rngs=rngs,
                 )
         self.heads = nnx.Dict(heads)
+        self.needs = frozenset().union(*(heads[name].reader.needs for name in heads if name in TASK_HEADS))
         self.remat, self.unroll = config.remat == "blocks", config.scan.unroll
         self.output_dropout = model.dropout if model.architecture == "lstm" else 0.0
         self.n_layers, self.max_positions = model.layers, model.get("max_positions") or 0
@@ -224,12 +230,15 @@ class LanguageModel(nnx.Module):
         B, T = inputs.shape[:2]
         if self.max_positions and self.max_positions < T:
             raise UserError(f"a sequence of {T} tokens is longer than model.max_positions={self.max_positions}")
+        layers = layers or "layers" in self.needs
         noise = None if key is None else Noise(key, batch.get("row", jnp.arange(B)))
         forward_noise = None if noise is None else noise.named("forward")
         table = self.embedding.dropped_table(noise)
         rows = self.embedding.word_vectors(batch) if table is None else table
         outputs, new_carry = {}, {}
 
+        if "static" in self.needs:
+            outputs["static"] = self.embedding.without_context(inputs, rows)
         start = batch.get("start")
         x = self.embedding(inputs, segments, noise, rows, "forward", start)
         y, state, by_layer = self._tower(self.blocks, x, carry.get("forward"), forward_noise, length, layers, start)

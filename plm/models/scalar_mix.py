@@ -39,13 +39,15 @@ def mix(
 
 
 class ScalarMix(nnx.Module):
-    """`mix` with learned weights [L], from 0, and gamma, from 1: a task's own, one for each place of insertion."""
+    """`mix` with learned weights [L], from 0, and gamma, from 1 (fixed there without `gamma`): a task's own, one for
+    each place of insertion."""
 
-    def __init__(self, n_layers: int, *, layer_norm: bool = False):
+    def __init__(self, n_layers: int, layer_norm: bool = False, gamma: bool = True):
         self.weights = nnx.Param(jnp.zeros(n_layers))
-        self.gamma = nnx.Param(jnp.ones(()))
+        self.gamma = nnx.Param(jnp.ones(())) if gamma else None
         self.layer_norm = layer_norm
 
     def __call__(self, layers: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """[L, B, T, features], bool [B, T] -> [B, T, features]."""
-        return mix(layers, self.weights[...], self.gamma[...], mask, layer_norm=self.layer_norm)
+        gamma = 1.0 if self.gamma is None else self.gamma[...]
+        return mix(layers, self.weights[...], gamma, mask, layer_norm=self.layer_norm)

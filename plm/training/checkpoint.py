@@ -186,7 +186,8 @@ def _spell_out(lines: Sequence[str]) -> str:
 # Trees and files
 
 
-def _nest(leaves: dict[str, Any]) -> dict:
+def nest(leaves: dict[str, Any]) -> dict:
+    """Path -> leaf as nested dicts."""
     tree: dict = {}
     for path, leaf in leaves.items():
         *parents, name = path.split("/")
@@ -224,7 +225,7 @@ def _read_item(directory: epath.Path, wanted: dict[str, Any], restore_args: Call
 
     Uses the handler and not a `Checkpointer`, whose barrier would hang the other processes if one of them met damage.
     """
-    tree = _nest(wanted)
+    tree = nest(wanted)
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
     arguments = ocp.args.PyTreeRestore(item=abstract, restore_args=jax.tree.map(restore_args, tree), **options)
     return dict(paths_and_leaves(ocp.PyTreeCheckpointHandler().restore(directory, args=arguments)))
@@ -382,7 +383,7 @@ class Checkpoints:
         items: dict[str, Any] = {_MANIFEST: ocp.args.JsonSave(_manifest(leaves))}
         for item in (_PARAMS, _CARRY, _REST):
             if below := _below(item, leaves):
-                items[item] = ocp.args.PyTreeSave(_nest(below))
+                items[item] = ocp.args.PyTreeSave(nest(below))
         return self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore_latest(self, like: PyTree) -> tuple[PyTree, int] | None:
@@ -500,7 +501,7 @@ def restore_params(
         except _UnusableError as problem:
             report(f"checkpoint {candidate} in {directory} is not used: {problem}")
             continue
-        return _nest(_below(_PARAMS, params)), candidate
+        return nest(_below(_PARAMS, params)), candidate
     raise UserError(f"no checkpoint of {source} can be read: {', '.join(map(str, steps))} damaged")
 
 
@@ -528,18 +529,19 @@ class StartReport:
     """How the parameters of another run fit a model, by logical names.
 
     matched: taken over; missing: not in the source, fresh here; left_over: in the source only; mismatched: in both with
-    different shapes (name, its shape there, its shape here), fresh here.
+    different shapes (name, its shape there, its shape here), fresh here; reset: in both, fresh here as asked for.
     """
 
     matched: tuple[str, ...]
     missing: tuple[str, ...]
     left_over: tuple[str, ...]
     mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    reset: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """One line for each kind that occurs."""
         lines = [f"matched: {len(self.matched)} parameters"]
-        for kind in ("missing", "left_over"):
+        for kind in ("missing", "left_over", "reset"):
             if names := getattr(self, kind):
                 lines.append(f"{kind.replace('_', ' ')}: {len(names)} parameters: {', '.join(names)}")
         if self.mismatched:
@@ -560,25 +562,30 @@ class StartReport:
             )
 
 
-def grow_vocabulary(params: PyTree, graph, size: int, old_pieces: Sequence[Sequence[int]]) -> PyTree:
+def grow_vocabulary(params: PyTree, graph, size: int, old_pieces: Sequence, fresh: PyTree | None = None) -> PyTree:
     """`params` of a model of `size` ids (stored names) with a row more for each of `old_pieces`, padded as in `graph`.
 
-    Tables and biases of the vocabulary get the mean of the rows of the ids that the new entry was written with before.
-    Without `old_pieces` only the padding changes.
+    Tables and biases of the vocabulary get the mean of the rows of the ids that the new entry was written with before;
+    for None the row of `fresh`, parameters of the grown model. Without `old_pieces` only the padding changes.
     """
     grown = size + len(old_pieces)
     others = ("embedding/positions/", "embedding/segments/")
     tables = {p.path: p.shape[0] for p in graph.parameters if p.rows == grown and not p.path.startswith(others)}
+    random = {} if fresh is None else dict(paths_and_leaves(fresh))
+
+    def row(path: str, leaf, number: int, ids):
+        if ids is None:
+            return np.asarray(random[path][size + number])[None].astype(leaf.dtype)
+        return leaf[np.asarray(ids)].mean(axis=0, keepdims=True).astype(leaf.dtype)
 
     def grow(path: str, leaf):
         if path not in tables:
             return leaf
         leaf = np.asarray(leaf)[:size]
-        new = [leaf[np.asarray(ids)].mean(axis=0, keepdims=True).astype(leaf.dtype) for ids in old_pieces]
-        whole = np.concatenate([leaf, *new])
+        whole = np.concatenate([leaf, *(row(path, leaf, number, ids) for number, ids in enumerate(old_pieces))])
         return np.pad(whole, [(0, tables[path] - grown)] + [(0, 0)] * (leaf.ndim - 1))
 
-    return _nest({path: grow(path, leaf) for path, leaf in paths_and_leaves(params)})
+    return nest({path: grow(path, leaf) for path, leaf in paths_and_leaves(params)})
 
 
 def _by_logical_name(params: PyTree) -> dict[str, np.ndarray]:
@@ -590,18 +597,22 @@ def _by_logical_name(params: PyTree) -> dict[str, np.ndarray]:
     return result
 
 
-def start_from(params: PyTree, loaded: PyTree) -> tuple[PyTree, StartReport]:
+def start_from(params: PyTree, loaded: PyTree, *, reset: str = "") -> tuple[PyTree, StartReport]:
     """`params` with the values of `loaded` wherever a logical name and its shape agree, and a report of the rest.
 
     Args:
       params: fresh parameters, arrays on their devices (stored names).
       loaded: nested dict of host arrays by stored or by logical names. Layers are matched one by one, so a stack may
         start from a deeper or a shallower one.
+      reset: regex of logical names that stay as they are in `params` although `loaded` has them.
 
     Raises:
-      UserError: not one parameter agrees.
+      UserError: not one parameter agrees, or nothing is there to be reset.
     """
     source = _by_logical_name(loaded)
+    anew = {name for name in source if reset and re.search(reset, name)}
+    if reset and not anew:
+        raise UserError(f"init.reset={reset!r} finds no parameter; their names are like {_spell_out(list(source))}")
     matched, missing, mismatched = [], [], []
     used = set()
     new = []
@@ -616,6 +627,8 @@ def start_from(params: PyTree, loaded: PyTree) -> tuple[PyTree, StartReport]:
                 missing.append(name)
                 continue
             used.add(name)
+            if name in anew:
+                continue
             if tuple(source[name].shape) != shape:
                 mismatched.append((name, tuple(source[name].shape), shape))
                 continue
@@ -631,8 +644,12 @@ def start_from(params: PyTree, loaded: PyTree) -> tuple[PyTree, StartReport]:
             values = jax.jit(lambda mask, a, b: jnp.where(mask, a, b), out_shardings=leaf.sharding)(mask, values, leaf)
         new.append(values)
     report = StartReport(
-        tuple(matched), tuple(missing), tuple(name for name in source if name not in used), tuple(mismatched)
+        tuple(matched),
+        tuple(missing),
+        tuple(name for name in source if name not in used),
+        tuple(mismatched),
+        tuple(name for name in source if name in anew and name in used),
     )
-    if not matched:
+    if not matched and not anew:
         raise UserError(f"no parameter of the source fits this model: {_spell_out(report.lines()[1:])}")
     return jax.tree.unflatten(jax.tree.structure(params), new), report

@@ -14,6 +14,7 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import json
 import math
 import re
@@ -179,7 +180,7 @@ def is_outside(name: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 DURATIONS = ("total_steps", "total_tokens", "total_examples", "total_epochs")
-LAYOUTS = ("blocks", "lanes", "pairs")
+LAYOUTS = ("blocks", "lanes", "pairs", "task")
 TOKENIZERS = ("wordpiece", "bpe", "byte_bpe", "words")
 OPTIMIZERS = ("bert_adam", "gpt_adam", "adagrad", "adamw")
 SCHEDULES = ("bert_linear", "linear", "cosine", "constant", "openai_linear", "openai_cosine")
@@ -191,7 +192,22 @@ OBJECTIVE_DIRECTIONS = {
     "bidirectional": ("both",),
     "masked": ("full",),
     "next_sentence": ("full",),
-    "choose": ("forward", "full"),
+    "classify": DIRECTIONS,
+    "regress": DIRECTIONS,
+    "choose": DIRECTIONS,
+    "tag": DIRECTIONS,
+    "span": DIRECTIONS,
+}
+
+# The objective of each kind of task, and so its head.
+OBJECTIVE_OF_KIND = {
+    "single": "classify",
+    "pair": "classify",
+    "word": "classify",
+    "similarity": "regress",
+    "choice": "choose",
+    "tagging": "tag",
+    "span": "span",
 }
 
 # (key, default, rule, what it means); None as a default means "not given".
@@ -235,6 +251,7 @@ KEYS: tuple[tuple[str, Any, Rule, str], ...] = (
     ("optimizer.schedule", "linear", one_of(*SCHEDULES), "of the learning rate after the warm-up"),
     ("optimizer.schedule_steps", 0, whole(0), "steps in the whole schedule; 0 = the run's (a run may be a part of it)"),
     ("optimizer.warmup_steps", 0, whole(0), "updates of linear warm-up from 0"),
+    ("optimizer.warmup_fraction", 0.0, real(0.0, 1.0), "warm-up as a part of the schedule, instead of warmup_steps"),
     ("optimizer.weight_decay", 0.0, real(0.0), "decoupled, times the scheduled learning rate"),
     ("optimizer.clip_norm", 0.0, real(0.0), "global norm that gradients are clipped to; 0 = none"),
     ("optimizer.gradient_scale", 1.0, real(0.0, above=True), "factor on gradients, before the clip (ELMo: 20)"),
@@ -277,7 +294,39 @@ KEYS: tuple[tuple[str, Any, Rule, str], ...] = (
     ("nonfinite.max_in_a_row", 10, whole(1), "skipped steps in a row after which the run halts"),
     ("init.from", "", words(), "a workdir, converted or foreign directory to start from, [@STEP]"),
     ("init.allow_missing", "", regex(), "regex of parameters that init.from may lack; they start at random values"),
-    ("init.keep", "params", one_of("params", "all"), "all: optimizer and step too, so schedule, noise and data go on"),
+    ("init.reset", "", regex(), "regex of parameters that start at random values although init.from has them"),
+    (
+        "init.keep",
+        "params",
+        one_of("params", "all", "nothing"),
+        "all: optimizer and step too, so schedule, noise and data go on; nothing: only the vocabulary (from scratch)",
+    ),
+)
+
+# What the head of every task objective has (`plm.models.task_heads`).
+POOLINGS = ("last", "first", "mean", "max", "attention")
+_TASK_HEAD: tuple[tuple[str, Any, Rule, str], ...] = (
+    ("reads", "last", one_of("last", "mix", "concat", "static", "vectors"),
+     "of the model: its last layer, a learned mix of layers, layers side by side, its tokens' vectors without context,"
+     " or nothing but vectors from a file"),
+    ("layers", (), items(whole(None), "(-4,-3,-2,-1)"), "that a mix or concat reads, 0 the embedding; () = all"),
+    ("mix_norm", False, truth(), "each layer of a mix is normalised first"),
+    ("mix_gamma", True, truth(), "the mix has a learned factor"),
+    ("mix_penalty", 0.0, real(0.0), "lambda of |w|^2 on the mix's weights before their softmax (ELMo)"),
+    ("vectors", 0, whole(0), "width of the vectors that data.task.vectors adds; set when its file is read"),
+    ("input_dropout", 0.0, real(0.0, 0.95), "on what the head reads and between its LSTM layers"),
+    ("lstm", 0, whole(0), "cells in each direction of a BiLSTM between the model and the output; 0 = none"),
+    ("lstm_layers", 1, whole(1), "of it"),
+    ("insert", "input", one_of("input", "output", "both"), "where the model's vectors join the BiLSTM (ELMo table 3)"),
+    ("pooling", "last", one_of(*POOLINGS), "one vector for a row: of its last or first token, or over all"),
+    ("pooler", False, truth(), "BERT's dense layer and tanh on it, next-sentence prediction's if init.from has one"),
+    ("dropout", 0.0, real(0.0, 0.95), "before the output; one mask for all choices of an example"),
+)  # fmt: skip
+_PAIRS = (
+    "pairs",
+    "joined",
+    one_of("joined", "both_orders", "apart"),
+    "two texts in one row; in two rows, one for each order, whose vectors are added (GPT); or each text in its own row",
 )
 
 # Settings of each objective; a config has a group for every objective that it trains.
@@ -294,13 +343,23 @@ OBJECTIVES: dict[str, tuple[tuple[str, Any, Rule, str], ...]] = {
         ("whole_word", False, truth(), "chooses whole words"),
     ),
     "next_sentence": (),
-    "choose": (
-        ("choices", 2, whole(2), "rows of an example, one for each choice"),
-        ("position", "last", one_of("last", "first"), "the token whose vector is scored"),
-        ("dropout", 0.0, real(0.0, 0.95), "on that vector, one mask for all choices of an example"),
+    "classify": (
+        *_TASK_HEAD,
+        _PAIRS,
+        ("classes", 0, whole(0), "of the task; 0 = set when its data is read"),
+        ("marked", 0, whole(0, 2), "target words whose vectors stand beside the row's own; set when the data is read"),
     ),
+    "regress": (*_TASK_HEAD, _PAIRS),
+    "choose": (*_TASK_HEAD, ("choices", 2, whole(2), "rows of an example, one for each choice")),
+    "tag": (
+        *_TASK_HEAD,
+        ("classes", 0, whole(0), "tags; 0 = set when the task's data is read"),
+        ("crf", False, truth(), "a linear chain over the tags"),
+    ),
+    "span": _TASK_HEAD,
 }
 _COEFFICIENT = ("coefficient", 1.0, real(0.0, above=True), "factor of its mean loss in the loss")
+TASK_OBJECTIVES = frozenset(("classify", "regress", "choose", "tag", "span"))
 _OUTSIDE = ("name", "", words(), "module:function of an objective of the user's own")
 
 MODEL: tuple[tuple[str, Any, Rule, str], ...] = (
@@ -344,10 +403,38 @@ MODEL_CHARACTERS: tuple[tuple[str, Any, Rule, str], ...] = (
     ("characters.activation", "relu", one_of("relu", "tanh"), "after the maximum over positions"),
 )
 
+# The group data.task of a config whose data.layout is "task"; name .. unanswerable: see `plm.data.tasks.SETTINGS`.
+TASK: tuple[tuple[str, Any, Rule, str], ...] = (
+    ("name", "", words(), "a task of plm.data.tasks, or custom"),
+    ("files", "", words(), "its folder, files, or tfds:NAME; '' = its own dataset in TFDS"),
+    ("kind", "", words(), "of a custom task: single, pair, similarity, choice, tagging, span or word"),
+    ("reader", "", words(), "of a custom task: how its files are laid out"),
+    ("text", "", words(), "of a custom task: its columns, joined by +"),
+    ("label", "", words(), "of a custom task: its column"),
+    ("labels", "", words(), "of a custom task: its classes, joined by +"),
+    ("choices", "", words(), "of a custom task: the columns of its choices, joined by +"),
+    ("id", "", words(), "of a custom task: its column"),
+    ("metrics", "", words(), "of a custom task: joined by +, the first one selects"),
+    ("unanswerable", "", words(), "of a custom task: yes where questions without an answer are meant"),
+    ("fraction", 1.0, real(0.0, 1.0, above=True), "of the training examples, a fixed subset; a smaller one lies in it"),
+    ("shuffled_labels", False, truth(), "the control: labels of the training examples change places"),
+    ("buckets", (), items(whole(2), "(32,64)"), "row lengths below seq_len; a batch has the least that holds its rows"),
+    ("word_piece", "first", one_of("first", "last"), "the piece that stands for a word"),
+    ("question", 64, whole(1), "pieces of a question at most, of a span task"),
+    ("stride", 128, whole(1), "pieces between two windows of a long context"),
+    ("vectors", "", words(), "GloVe or word2vec file whose vectors of words the head reads too"),
+)
+
 # A resumed run may change these: where it runs, how often it saves and reports. Not what is computed.
 MAY_CHANGE = ("mesh.", "microbatches", "checkpoint.", "eval.", "log.", "data.workers")
 # ... and these, where the caller knows that the data's fingerprints are the same.
-MAY_CHANGE_WITH_SAME_DATA = ("data.source", "data.valid_source", "data.tokenizer.path", "data.tokenizer.add")
+MAY_CHANGE_WITH_SAME_DATA = (
+    "data.task.files",
+    "data.source",
+    "data.valid_source",
+    "data.tokenizer.path",
+    "data.tokenizer.add",
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Building
@@ -396,6 +483,12 @@ def add_objective(config: ConfigDict, name: str, coefficient: float = 1.0, **set
         config.objectives[name] = group
 
 
+def set_task(config: ConfigDict, settings: Mapping[str, Any]) -> None:
+    """Adds the group `data.task`: the rows come from a labelled task (`TASK`)."""
+    with config.unlocked():
+        config.data.task = _with(_nest(TASK), settings)
+
+
 def set_model(config: ConfigDict, settings: Mapping[str, Any]) -> None:
     """Makes the group `model` from dotted settings; all others have their defaults. Says nothing of what it lacks:
     a Transformer has no `lstm`, an LSTM no `heads`, `mlp_width`, `max_positions`, `attention_dropout`.
@@ -429,6 +522,8 @@ def _rows(config: ConfigDict) -> dict[str, tuple[Any, Rule]]:
         group = config.objectives[name]
         settings = (_COEFFICIENT, _OUTSIDE) if group.get("name") else (_COEFFICIENT, *OBJECTIVES.get(name, ()))
         rows |= {f"objectives.{name}.{key}": (default, rule) for key, default, rule, _ in settings}
+    if config.data.get("layout") == "task" or "task" in config.data:
+        rows |= {f"data.task.{key}": (default, rule) for key, default, rule, _ in TASK}
     if is_outside(config.model.get("name", "")):
         rows["model.name"] = MODEL[0][1:3]
     else:
@@ -481,10 +576,17 @@ def validate(config: ConfigDict, *, complete: bool = True) -> ConfigDict:
     _check_data(config, complete)
     if not is_outside(config.model.name):
         _check_model(config)
+    if config.optimizer.warmup_fraction and config.optimizer.warmup_steps:
+        raise UserError(
+            f"optimizer.warmup_fraction={config.optimizer.warmup_fraction:g} and"
+            f" optimizer.warmup_steps={config.optimizer.warmup_steps} are both given; one of them holds"
+        )
     if config.batch_size % config.microbatches:
         raise UserError(f"batch_size={config.batch_size} must be divisible by microbatches={config.microbatches}")
     if complete and config.init.keep == "all" and not config.init["from"]:
         raise UserError("init.keep='all' continues another run: give init.from as well")
+    if complete and config.init.reset and not config.init["from"]:
+        raise UserError(f"init.reset={config.init.reset!r} needs a model to start from: init.from")
     return config
 
 
@@ -537,18 +639,46 @@ def _check_objectives(config: ConfigDict) -> None:
         shares = masked.mask + masked.random + masked.keep
         if abs(shares - 1) > 1e-6:
             raise UserError(f"objectives.masked.mask + random + keep = {shares:g} must be 1")
-    if "choose" in config.objectives and not config.objectives.choose.get("name"):
-        choose = config.objectives.choose
-        if choose.position == "first" and config.model.get("direction") == "forward":
+    for name in TASK_OBJECTIVES.intersection(config.objectives):
+        if not config.objectives[name].get("name"):
+            _check_task_objective(config, name, config.objectives[name])
+
+
+def _check_task_objective(config: ConfigDict, name: str, settings: ConfigDict) -> None:
+    key, direction = f"objectives.{name}", config.model.get("direction")
+    if name not in ("tag", "span"):
+        if settings.pooling == "first" and direction != "full":
             raise UserError(
-                "objectives.choose.position='first' needs model.direction='full': under a causal mask the first"
-                " position sees nothing; 'last' sees the whole row"
+                f"{key}.pooling='first' needs model.direction='full': under a causal mask the first position sees"
+                " nothing; 'last' sees the whole row"
             )
-        if config.batch_size % (choose.choices * config.microbatches):
+        if settings.pooling in ("first", "last") and settings.reads in ("static", "vectors") and not settings.lstm:
             raise UserError(
-                f"batch_size={config.batch_size} must be divisible by objectives.choose.choices={choose.choices} x"
-                f" microbatches={config.microbatches}: an example's rows stay together"
+                f"{key}.pooling={settings.pooling!r} with reads={settings.reads!r} sees one token of a row: mean, max"
+                f" or attention is right, or {key}.lstm above 0"
             )
+    if settings.reads == "vectors" and not config.data.get("task", {}).get("vectors"):
+        raise UserError(f"{key}.reads='vectors' needs a file of them: data.task.vectors=FILE")
+    layers = config.model.get("layers", 1)
+    for layer in settings.layers:
+        if not -layers - 1 <= layer <= layers:
+            raise UserError(f"{key}.layers names layer {layer}: the model has 0 (its embedding) to {layers}")
+    together = rows_per_example(config)
+    if config.batch_size % (together * config.microbatches):
+        raise UserError(
+            f"batch_size={config.batch_size} must be divisible by microbatches={config.microbatches} x the {together}"
+            f" rows that {key} has for an example: they stay together"
+        )
+
+
+def rows_per_example(config: ConfigDict) -> int:
+    """Consecutive rows of a batch that belong to one example."""
+    together = 1
+    for name in TASK_OBJECTIVES.intersection(config.objectives):
+        settings = config.objectives[name]
+        own = settings.get("choices", 1) if settings.get("pairs", "joined") == "joined" else 2
+        together = math.lcm(together, own)
+    return together
 
 
 _WHY = {
@@ -556,19 +686,25 @@ _WHY = {
     "bidirectional": "it is the loss of two towers that read in opposite directions",
     "masked": "a masked position is predicted from both sides",
     "next_sentence": "under a causal mask the first position, which is classified, sees nothing",
-    "choose": "it scores one vector that has seen the whole row",
 }
 
 
 def _check_data(config: ConfigDict, complete: bool) -> None:
     data, layout = config.data, config.data.layout
+    own = {name for name in config.objectives if not config.objectives[name].get("name")}
+    of_task = sorted(own & TASK_OBJECTIVES)
+    if layout == "task":
+        if complete and not data.task.name:
+            raise UserError("data.task.name must be given: a task of plm.data.tasks, or custom")
+        return
+    if of_task and not is_outside(layout):
+        raise UserError(f"objectives.{of_task[0]} needs a task's rows: data.layout='task', not {layout!r}")
     if complete and not data.source:
         raise UserError("data.source must be given, for example --config.data.source='text:books/*.txt'")
     if not data.valid_fraction and not data.valid_source and config.eval.every_steps:
         raise UserError(
             "data.valid_fraction=0 leaves nothing to evaluate on; give data.valid_source or eval.every_steps=0"
         )
-    own = {name for name in config.objectives if not config.objectives[name].get("name")}
     if "next_sentence" in own and layout in ("blocks", "lanes"):
         raise UserError(f"objectives.next_sentence needs data.layout='pairs', not {layout!r}")
     if "masked" in own and layout == "lanes":
@@ -718,15 +854,31 @@ def load(spec: str, overrides: Mapping[str, Any] | None = None, *, complete: boo
     Args:
       spec: what `--config=` takes.
       overrides: dotted key -> value, or its text as on a command line. Overriding one duration clears the others.
-      complete: see `validate`.
+      complete: see `validate`. A file whose get_config has a parameter `source` gets the config of the model in
+        `init.from`, which must be given; without `complete` it may be None.
 
     Raises:
       UserError: one line for everything that is wrong with them.
     """
     path, text = split_spec(spec)
-    config = read_file(path).get_config(text)
+    get_config = read_file(path).get_config
+    if "source" in inspect.signature(get_config).parameters:
+        config = get_config(text, _model_of((overrides or {}).get("init.from", ""), path, complete))
+    else:
+        config = get_config(text)
     apply(config, overrides or {})
     return validate(config, complete=complete).lock()
+
+
+def _model_of(source: str, path: str, complete: bool) -> ConfigDict | None:
+    """The config of the model that a run starts from, for an experiment file that describes runs of any model."""
+    if source:
+        from plm.training.start import open_source  # reads checkpoints: only where it is asked for
+
+        return open_source(source).config
+    if complete:
+        raise UserError(f"--config={path!r} starts from a model: --config.init.from=SRC must be given")
+    return None
 
 
 def apply(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
@@ -865,8 +1017,36 @@ def resolve(config: ConfigDict, *, examples_per_epoch: float | None = None, plat
         raise UserError(
             f"optimizer.schedule_steps={optimizer.schedule_steps} is less than the run's {config.total_steps} steps"
         )
+    if optimizer.warmup_fraction:
+        optimizer.warmup_steps = round(optimizer.warmup_fraction * optimizer.schedule_steps)
+        optimizer.warmup_fraction = 0.0
     if platform is not None and config.precision.compute == "auto":
         config.precision.compute = "float32" if platform == "cpu" else "bfloat16"
+    return config.lock()
+
+
+def settle(config: ConfigDict, *, task: str, kind: str, classes: int, vectors: int) -> ConfigDict:
+    """A copy in which what only a task's data tells is said.
+
+    task: its name; classes: their number, 0 for a kind without; vectors: width of those of `data.task.vectors`.
+
+    Raises:
+      UserError: objectives that do not fit the kind, or another number of classes.
+    """
+    config = config.copy_and_resolve_references().unlock()
+    name = OBJECTIVE_OF_KIND[kind]
+    if name not in config.objectives:
+        raise UserError(f"task {task!r} is of kind {kind!r} and needs objectives.{name}, not {[*config.objectives]}")
+    settings = config.objectives[name]
+    if "classes" in settings:
+        if settings.classes not in (0, classes):
+            raise UserError(f"objectives.{name}.classes={settings.classes}: task {task!r} has {classes}")
+        settings.classes = classes
+    if name == "classify":
+        settings.marked = 0 if kind != "word" else 2 if settings.pairs == "joined" else 1
+        if kind == "word" and settings.pairs == "both_orders":
+            raise UserError("objectives.classify.pairs='both_orders' is not for a word in context: joined or apart")
+    settings.vectors = vectors
     return config.lock()
 
 
@@ -881,7 +1061,8 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """What `to_json` wrote; lists become tuples again.
+    """What `to_json` wrote; lists become tuples again. A key that is newer than the text has its default: a default
+    changes nothing of what was computed.
 
     Raises:
       UserError: text that is no JSON object.
@@ -907,20 +1088,29 @@ def from_json(text: str) -> ConfigDict:
         if leaf in node and node[leaf] is None:
             del node[leaf]
             node[leaf] = config_dict.placeholder(rule.kind)
+    if {"data", "model", "objectives"} <= set(config):
+        _add_new_keys(config)
     return config.lock()
+
+
+def _add_new_keys(config: ConfigDict) -> None:
+    have = flatten(config)
+    groups = {key.rpartition(".")[0] for key in have}
+    for key, (default, rule) in _rows(config).items():
+        group, _, leaf = key.rpartition(".")
+        if key not in have and group in groups:
+            node = config
+            for part in group.split(".") if group else ():
+                node = node[part]
+            node[leaf] = config_dict.placeholder(rule.kind) if default is None else default
 
 
 def differences(saved: ConfigDict, current: ConfigDict, *, same_data: bool = False) -> list[str]:
     """What a resumed run may not change and `current` does: lines `key: saved value -> present value`.
 
     Both configs resolved. same_data: corpus and tokenizer have the fingerprints they had, so their paths may differ.
-    A key that is newer than the saved config counts as its default: a default changes nothing of what was computed.
     """
     before, now = flatten(saved), flatten(current)
-    groups = {key.rpartition(".")[0] for key in before}
-    for key, (default, _) in _rows(current).items():
-        if key in now and key.rpartition(".")[0] in groups:
-            before.setdefault(key, default)
     free = MAY_CHANGE + (MAY_CHANGE_WITH_SAME_DATA if same_data else ())
 
     def may_change(key: str) -> bool:

@@ -5,8 +5,10 @@ resolved config alone, so typing the same command again goes on from the last ch
 """
 
 import dataclasses
+import functools
 import math
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +16,17 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from plm import weights
-from plm.data.pipeline import Batches, Corpus, open_corpus
+from plm.analysis import task_results
+from plm.data.pipeline import Batches, Corpus, open_corpus, open_task, task_layout, task_vectors
 from plm.data.pretrain import make_layout
-from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
 from plm.models.graph import ModelGraph, build
 from plm.training import checkpoint, optimizer, sharding
 from plm.training import config as configs
 from plm.training.objectives import HOST_ONLY, Draw, make_objectives
 from plm.training.record import CONFIG, TOKENIZER, Record
+from plm.training.start import open_source
+from plm.training.start import start as start_of
 from plm.training.step import TrainState, make_eval_step, make_train_step, new_state
 
 EVAL_SEED = 0  # held-out masks and pairs are the same for every run, whatever its seed
@@ -31,10 +34,12 @@ CARRIED_LAYOUTS = ("lanes",)
 
 
 def _layout(config, corpus: Corpus, mode: str, batch_size: int, seed: int):
-    name = config.data.layout
+    name, split = config.data.layout, corpus.train if mode == "train" else corpus.valid
+    if name == "task":
+        return task_layout(config, split, corpus.tokenizer, batch_size=batch_size, seed=seed, mode=mode)
     return make_layout(
         name,
-        corpus.train if mode == "train" else corpus.valid,
+        split,
         corpus.tokenizer,
         seq_len=config.seq_len,
         batch_size=batch_size,
@@ -42,6 +47,18 @@ def _layout(config, corpus: Corpus, mode: str, batch_size: int, seed: int):
         settings=config.data.own if configs.is_outside(name) else config.data[name],
         mode=mode,
     )
+
+
+def open_data(config, **options) -> tuple[object, Corpus]:
+    """(config with its seeds and what only a task's data tells, corpus); options: of `open_corpus`."""
+    config = configs.resolve_seeds(config)
+    if config.data.layout != "task":
+        return config, open_corpus(config.data, **options)
+    corpus = open_task(config, **options)
+    task, vectors = corpus.task, task_vectors(config, corpus.train)
+    width = 0 if vectors is None else vectors.shape[1]
+    kind, classes = task.task.kind, len(task.labels)
+    return configs.settle(config, task=task.name, kind=kind, classes=classes, vectors=width), corpus
 
 
 def make_batches(config, corpus: Corpus, mode: str, mesh) -> Batches:
@@ -85,9 +102,10 @@ class Evaluator:
     coefficients: dict
     limit: int
     carried: bool
+    measure: Callable[[dict], dict[str, float]] | None = None  # of a task: {objective: {item: prediction}} -> metrics
 
     def __post_init__(self):
-        self.step = make_eval_step(self.graph.bind, self.objectives)
+        self.step = make_eval_step(self.graph.bind, self.objectives, everywhere=self.batches.replicated)
         steps = self.batches.layout.steps
         self.steps = min(steps, self.limit) if self.limit else steps
         rows = self.batches.row_sharding
@@ -101,27 +119,40 @@ class Evaluator:
 
     def __call__(self, params, progress=None) -> dict[str, float]:
         """{eval/name: value}: weighted means of every name, loss, perplexities of next-token losses, targets."""
-        sums: dict[str, np.ndarray] = {}
-        carry = self.fresh(params)
-        pending = None
-
-        def add(result):
-            for name, pair in jax.device_get(result).items():
-                sums[name] = sums.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
-
-        for batch in self.batches.iterate(0, self.steps):
-            result, _, carry = self.step(params, carry, batch)
-            if pending is not None:
-                add(pending)
-            pending = result
-        add(pending)
+        sums, predictions = self.run(params)
         means = {name: total / weight for name, (total, weight) in sums.items() if weight > 0}
         values = {f"eval/{name}": value for name, value in means.items()}
         values["eval/loss"] = sum(factor * means[name] for name, factor in self.coefficients.items())
         for name in self.coefficients:
-            values[f"eval/{name}_perplexity"] = math.exp(min(means[name], 700.0))
+            if name.split("_")[0] not in configs.TASK_OBJECTIVES:
+                values[f"eval/{name}_perplexity"] = math.exp(min(means[name], 700.0))
             values[f"eval/{name}_targets"] = float(sums[name][1])
+        if self.measure is not None and self.steps == self.batches.layout.steps:
+            values |= {f"eval/{name}": value for name, value in self.measure(predictions).items()}
         return values
+
+    def run(self, params) -> tuple[dict[str, np.ndarray], dict[str, dict[int, np.ndarray]]]:
+        """({name: float64 (sum, weight)}, {objective: {item: what it predicts}}) of the whole pass."""
+        sums: dict[str, np.ndarray] = {}
+        predictions: dict[str, dict[int, np.ndarray]] = {}
+        carry = self.fresh(params)
+        pending = None
+
+        def add(step, result):
+            result, predicted = jax.device_get(result)
+            for name, pair in result.items():
+                sums[name] = sums.get(name, np.zeros(2)) + np.asarray(pair, np.float64)
+            for name, arrays in predicted.items():
+                own = zip(self.batches.layout.items(step).tolist(), arrays, strict=True)
+                predictions.setdefault(name, {}).update((item, array) for item, array in own if item >= 0)
+
+        for step, batch in enumerate(self.batches.iterate(0, self.steps)):
+            result, predicted, carry = self.step(params, carry, batch)
+            if pending is not None:
+                add(*pending)
+            pending = step, (result, predicted)
+        add(*pending)
+        return sums, predictions
 
 
 def _state_and_shardings(config, graph: ModelGraph, tx, mesh, carried: bool):
@@ -140,79 +171,6 @@ def _state_and_shardings(config, graph: ModelGraph, tx, mesh, carried: bool):
     return lambda: jax.jit(create, out_shardings=shardings)(key), like, messages
 
 
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """What `init.from` names: a run (step: None for its newest checkpoint) or a folder of foreign weights.
-
-    tokenizer: None where no parameter belongs to an entry of a vocabulary, so that any will do (ELMo's weights).
-    """
-
-    name: str
-    step: int | None
-    tokenizer: Tokenizer | None
-    foreign: weights.Foreign | None
-
-
-def _open_source(spec: str) -> _Source:
-    name, _, number = spec.rpartition("@")
-    name, step = (name, int(number)) if name and number.isdigit() else (spec, None)
-    if step is None and not (epath.Path(name) / checkpoint.FOLDER).exists():
-        foreign = weights.read(name)
-        return _Source(name, None, None if foreign.fits_any_vocabulary else foreign.tokenizer, foreign)
-    return _Source(name, step, Tokenizer.load(epath.Path(name) / TOKENIZER), None)
-
-
-def _start(config, corpus: Corpus, graph: ModelGraph, source: _Source | None, fresh, like, saved, say) -> TrainState:
-    """The state to go on from: this run's newest whole checkpoint, `source`, or a new one."""
-    restored = saved.restore_latest(like)
-    if restored is not None:
-        state, step = restored
-        if step < config.total_steps:
-            say(f"resuming after step {step} of {config.total_steps}")
-        return state
-    if not config.init["from"]:
-        return fresh()
-    source = source or _open_source(config.init["from"])  # this run was interrupted before its first checkpoint
-    ours, theirs = corpus.tokenizer, source.tokenizer
-    grown = ours.added[len(theirs.added) :] if theirs else ()
-    if theirs and ours.fingerprint != (theirs.with_added(grown) if grown else theirs).fingerprint:
-        raise UserError(
-            f"init.from={source.name!r} has another vocabulary ({theirs.kind} of {theirs.size}) than"
-            f" data.tokenizer.path={config.data.tokenizer.path!r} ({ours.kind} of {ours.size}): leave the path empty"
-            " and its own is used"
-        )
-    state = fresh()
-    if config.init.keep == "all":
-        if source.foreign or grown:
-            what = "holds weights only" if source.foreign else f"has not the {len(grown)} added words"
-            raise UserError(f"init.from={source.name!r} {what}, so init.keep='all' cannot go on with its optimizer")
-        state, step = checkpoint.restore_state(source.name, like, source.step)
-        if step >= config.total_steps:
-            raise UserError(
-                f"init.from={source.name!r} has done {step} steps, which init.keep='all' counts: total_steps="
-                f"{config.total_steps} must be more"
-            )
-        # Another run's rows are other text: its LSTM states say nothing here.
-        state = dataclasses.replace(state, carry=fresh().carry)
-        say(f"continuing {source.name} after step {step} with its optimizer and step")
-        return state
-    if source.foreign:
-        loaded, where = source.foreign.params, source.name
-    else:
-        loaded, step = checkpoint.restore_params(source.name, source.step)
-        where = f"{source.name} at step {step}"
-    if theirs:
-        old_pieces = theirs.encode(grown)
-        loaded = checkpoint.grow_vocabulary(loaded, graph, theirs.size, old_pieces)
-        for word, ids in zip(grown, old_pieces, strict=True):
-            say(f"data.tokenizer.add: {word!r} starts as the mean of {' '.join(theirs.pieces(ids))}")
-    params, report = checkpoint.start_from(state.params, loaded)
-    report.refuse_missing(source.name, config.init.allow_missing)
-    for line in report.lines():
-        say(f"init.from {where}: {line}")
-    return dataclasses.replace(state, params=params)
-
-
 def train(config, workdir: epath.PathLike) -> dict[str, float]:
     """Trains `config` (validated) in `workdir`, or goes on with it; returns the last evaluation's numbers.
 
@@ -228,10 +186,10 @@ def train(config, workdir: epath.PathLike) -> dict[str, float]:
     _check_writable(workdir)
 
     kept = workdir / TOKENIZER if (workdir / CONFIG).exists() else None
-    source = _open_source(config.init["from"]) if config.init["from"] and kept is None else None
-    inherited = source.tokenizer if source else None
-    corpus = open_corpus(config.data, tokenizer_directory=kept, inherited=inherited, progress=chief)
-    config = configs.resolve_seeds(config)
+    source = open_source(config.init["from"]) if config.init["from"] and kept is None else None
+    config, corpus = open_data(
+        config, tokenizer_directory=kept, inherited=source.tokenizer if source else None, progress=chief
+    )
     batches = make_batches(config, corpus, "train", mesh)
     config = configs.resolve(
         config, examples_per_epoch=batches.layout.examples_per_epoch, platform=mesh.devices.flat[0].platform
@@ -244,13 +202,14 @@ def train(config, workdir: epath.PathLike) -> dict[str, float]:
     names = tuple(objective.name for objective in objectives)
     graph = build(config, corpus.tokenizer.size, names, compute_dtype(config))
     tx = optimizer.make_optimizer(config.optimizer, graph.shapes(), config.optimizer.schedule_steps)
+    moving = optimizer.without_frozen(config.optimizer.freeze, graph.shapes())
     carried = carries(config, batches.layout)
     with jax.set_mesh(mesh):
         fresh, like, messages = _state_and_shardings(config, graph, tx, mesh, carried)
         for message in messages:
             record.say(message)
         train_step = make_train_step(
-            graph.bind,
+            lambda params: graph.bind(moving(params)),
             objectives,
             coefficients,
             tx,
@@ -262,7 +221,8 @@ def train(config, workdir: epath.PathLike) -> dict[str, float]:
         if corpus.valid.n_tokens:
             held_out = make_batches(config, corpus, "eval", mesh)
             scored, scored_coefficients = make_objectives(config, corpus.tokenizer, evaluation=True)
-            evaluator = Evaluator(graph, held_out, scored, scored_coefficients, config.eval.batches, carried)
+            measure = None if corpus.task is None else functools.partial(task_results.measure, corpus.valid)
+            evaluator = Evaluator(graph, held_out, scored, scored_coefficients, config.eval.batches, carried, measure)
         else:
             record.say(
                 "no document is held out, so nothing will be evaluated: give data.valid_source, more documents or"
@@ -274,12 +234,13 @@ def train(config, workdir: epath.PathLike) -> dict[str, float]:
             keep_at=config.checkpoint.keep_at,
             every_steps=config.checkpoint.every_steps,
         ) as saved:
-            state = _start(config, corpus, graph, source, fresh, like, saved, record.say)
+            state = start_of(config, corpus, graph, source, fresh, like, saved, record.say)
             start = int(state.step)
             if start >= config.total_steps and record.run.facts.get("status") == "complete":
                 record.say(f"already complete after {start:,} steps: {workdir}")
                 return {}
-            record.begin(start, corpus=corpus, graph=graph, batches=batches, mesh=mesh)
+            lineage = source.lineage() if source else None
+            record.begin(start, corpus=corpus, graph=graph, batches=batches, mesh=mesh, starts_from=lineage)
             try:
                 return _run(config, state, start, train_step, evaluator, batches, saved, record)
             except Exception as error:

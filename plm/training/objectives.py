@@ -1,4 +1,4 @@
-"""What a model is trained for: causal, bidirectional, masked, next_sentence; choose, a task.
+"""What a model is trained for: causal, bidirectional, masked, next_sentence (tasks: `plm.training.task_objectives`).
 
 An objective has a host half, `fields(rows, draw)`, that adds inputs, targets, weights and negatives to any layout's
 rows, and a device half, `weights(batch)` (free of parameters) and `sums(head, outputs, batch, key)`. Both return
@@ -24,8 +24,13 @@ All arrays of a batch (rows first; B rows, T positions, P predictions; int32 unl
 | bidirectional_targets, ..._weights, and ..._backward_... | [B, T], float32 [B, T] | bidirectional | |
 | masked_positions, masked_targets, masked_weights | [B, P], float32 weights | masked | unused slots: weight 0 |
 | next_sentence_weights | float32 [B] | next_sentence | 0 on rows that only pad a batch |
-| labels | [B] | task | what is right for the row's example, the same in all its rows |
-| choose_positions, choose_weights | [B], float32 [B] | choose | place of the scored vector; 0 on rows that only pad |
+| labels, or scores | [B], float32 [B] | task | what is right for the row's example, the same in all its rows |
+| marked | [B, K] | task | positions of a row's target words (word in context) |
+| tags, tag_positions | [B, T] | task | of each word the tag, -1 where there is none, and the position of its piece |
+| answers | [B, 2] | task | positions of the first and last piece of an answer, 0 without one |
+| vectors | float32 [B, T, D] | task | vectors of the words from a file, at the pieces that stand for them |
+| classify_weights, regress_..., choose_..., span_... | float32 [B] | task objective | 0 on rows that only pad a batch |
+| tag_weights | float32 [B, T] | tag | 1 for each word |
 | causal_bytes, bidirectional_bytes, ..._backward_bytes | float32 [B] | objective | text of the targets, if lossless |
 | shared/words | [U, 50] | pipeline | characters of the batch's distinct inputs; U is one of four declared sizes |
 | shared/negatives, shared/tries | [K], [] | bidirectional | no rows: never split |
@@ -47,8 +52,8 @@ import numpy as np
 from plm.errors import UserError
 from plm.models.graph import import_from_outside
 from plm.models.heads import log_uniform_probabilities
-from plm.models.layers import Noise
 from plm.randomness import generator, row_uniforms
+from plm.training.task_objectives import TASK_OBJECTIVES
 
 HOST_ONLY = ("next_tokens", "next_tokens_backward", "special", "example")
 
@@ -349,55 +354,7 @@ class NextSentence:
     coefficients = staticmethod(lambda coefficient: {"next_sentence": coefficient})
 
 
-class Choose:
-    """-log p(right choice | example), a softmax over its choices' scores (GPT section 3.2, its multiple choice).
-
-    An example is `choices` consecutive rows, one for each choice; a row's score is a linear map of its vector at
-    `position`: "last", the last token (GPT's classify token), or "first". Under a causal mask the first position sees
-    nothing, so "first" is refused there. `dropout` on that vector has one mask for all choices of an example, as in
-    the published code: choices differ by what they say and not by their noise.
-    """
-
-    name, directions = "choose", ("forward", "full")
-
-    def __init__(self, settings, tokenizer):
-        self.rows_per_example = settings.choices
-        self.position, self.rate = settings.position, settings.dropout
-
-    def fields(self, rows: dict, draw: Draw) -> dict:
-        if "labels" not in rows:
-            raise UserError("objectives.choose needs a task's rows with labels: text without them has no right choice")
-        length = rows["length"]
-        last = np.maximum(length - 1, 0).astype(np.int32)
-        return {
-            "choose_positions": last if self.position == "last" else np.zeros_like(last),
-            "choose_weights": (length > 0).astype(np.float32),
-        }
-
-    def _examples(self, rows: jax.Array) -> jax.Array:
-        """[B] -> [B / choices, choices]"""
-        return rows.reshape(-1, self.rows_per_example)
-
-    def weights(self, batch: dict) -> dict:
-        total = jnp.sum(self._examples(batch["choose_weights"])[:, 0])
-        return {"choose": total, "choose_accuracy": total}
-
-    def sums(self, head, outputs: dict, batch: dict, key) -> dict:
-        noise = None
-        if key is not None and self.rate:
-            examples = batch["row"] // self.rows_per_example
-            noise = Noise(key, examples).named(self.name)
-        scores = head.logits(outputs["hidden"], batch["choose_positions"], self.rate, noise)
-        scores = self._examples(scores[:, 0])
-        labels, weights = (self._examples(batch[name])[:, 0] for name in ("labels", "choose_weights"))
-        picked = jnp.take_along_axis(jax.nn.log_softmax(scores), labels[:, None], axis=1)[:, 0]
-        hits = (jnp.argmax(scores, axis=-1) == labels).astype(jnp.float32)
-        return {"choose": -jnp.sum(weights * picked), "choose_accuracy": jnp.sum(weights * hits)}
-
-    coefficients = staticmethod(lambda coefficient: {"choose": coefficient})
-
-
-OBJECTIVES: dict[str, Callable] = {o.name: o for o in (Causal, Bidirectional, Masked, NextSentence, Choose)}
+OBJECTIVES: dict[str, Callable] = {o.name: o for o in (Causal, Bidirectional, Masked, NextSentence)} | TASK_OBJECTIVES
 
 
 def make_objectives(config, tokenizer, *, evaluation: bool = False) -> tuple[list, dict[str, float]]:

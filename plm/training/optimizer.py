@@ -254,6 +254,19 @@ def make_optimizer(config, params: PyTree, total_steps: int) -> optax.GradientTr
     return optax.chain(*steps)
 
 
+def without_frozen(freeze: Iterable[str], params: PyTree) -> Callable[[PyTree], PyTree]:
+    """`stop(params)`: the same parameters, those that `freeze` names cut off from the gradient, so that nothing is
+    computed for them backwards. params: as for `make_optimizer`."""
+    moving = factors("freeze", [(pattern, 0.0) for pattern in freeze], params)
+
+    def stop(factor, leaf):
+        if not np.any(np.asarray(factor)):
+            return jax.lax.stop_gradient(leaf)
+        return leaf if _is(factor, 1.0) else jnp.where(factor != 0.0, leaf, jax.lax.stop_gradient(leaf))
+
+    return lambda params: params if _all_one(moving.values()) else _map(stop, moving, params)
+
+
 def _is(factor: float | np.ndarray, value: float) -> bool:
     return isinstance(factor, float) and factor == value
 

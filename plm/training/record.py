@@ -60,9 +60,11 @@ class Record:
                 f" {corpus.tokenizer.fingerprint}: restore it, or give another --workdir"
             )
 
-    def begin(self, start: int, *, corpus: Corpus, graph: ModelGraph, batches: Batches, mesh) -> None:
+    def begin(
+        self, start: int, *, corpus: Corpus, graph: ModelGraph, batches: Batches, mesh, starts_from: dict | None
+    ) -> None:
         """Notes a session that starts after `start` steps. Only now, when nothing is left to be refused, the workdir
-        becomes that of a run: its config is written last."""
+        becomes that of a run: its config is written last. starts_from: where a new run's parameters come from."""
         config, tokenizer = self.config, corpus.tokenizer
         if self.enabled:
             tokenizer.save(self.workdir / TOKENIZER)
@@ -71,7 +73,8 @@ class Record:
         self.start, self.tokens_per_step = start, config.batch_size * config.seq_len
         self.examples_per_epoch = batches.layout.examples_per_epoch
         self.flops, self.device_kind = train_flops(graph, config, tokenizer.size), device.device_kind
-        self.text = corpus.meta["train"]
+        self.text, self.held_out = corpus.meta["train"], corpus.meta["valid_source"]
+        self.task = None if corpus.task is None else corpus.task.name
         self.share = batches.layout.tokens_per_example / config.seq_len
         lines = metrics.read_metrics(self.workdir)
         self.seconds_before = max((line.get("seconds", 0.0) for line in lines if line["step"] <= start), default=0.0)
@@ -120,11 +123,12 @@ class Record:
             total_steps=config.total_steps,
             tokens_per_step=self.tokens_per_step,
             flops_per_step=self.flops,
+            **({"starts_from": starts_from} if starts_from else {}),
         )
         parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         self.say(
             f"{self.run.facts['architecture']} x {' + '.join(config.objectives)}: {total:,} parameters ({parts})\n"
-            f"{self.text['tokens']:,} tokens of {config.data.source} by {tokenizer.kind} of {tokenizer.size:,};"
+            f"{self.text['tokens']:,} tokens of {corpus.meta['source']} by {tokenizer.kind} of {tokenizer.size:,};"
             f" {config.total_steps:,} steps of {self.tokens_per_step:,} tokens,"
             f" {config.total_steps * config.batch_size / self.examples_per_epoch:.2f} epochs;"
             f" {jax.device_count()} x {device.device_kind}, {config.precision.compute}"
@@ -140,6 +144,13 @@ class Record:
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self._began
+
+    def seeds(self) -> dict[str, int | None]:
+        """Of a row of results: a task's run has its own seed, and that of the pretraining that it starts from."""
+        if self.task is None:
+            return {"pretrain_seed": self.config.seed, "head_seed": None}
+        before = self.run.facts.get("starts_from") or {}
+        return {"pretrain_seed": before.get("pretrain_seed"), "head_seed": self.config.seed}
 
     def train(self, step: int, numbers: Mapping[str, float], *, line: bool = False) -> None:
         """Takes a step's numbers; every `log.every_steps`, or if `line`, writes the means since the last line."""
@@ -201,11 +212,10 @@ class Record:
                 metrics.Result(
                     run=self.run.facts["name"],
                     step=step,
-                    suite="pretraining",
+                    suite="pretraining" if self.task is None else self.task,
                     metric=name.removeprefix("eval/"),
-                    pretrain_seed=self.config.seed,
-                    head_seed=None,
-                    split="valid",
+                    **self.seeds(),
+                    split="valid" if self.task is None else self.held_out,
                     n=values.get(f"{name}_targets", 0.0),
                     value=value,
                 )

@@ -58,7 +58,9 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(^|/)heads/\w+/bias$", PartitionSpec(_VOCABULARY)),
     (r"(^|/)heads/\w+/(transform|pooler)/kernel$", _INTO),
     (r"(^|/)heads/\w+/(transform|pooler)/bias$", PartitionSpec("tensor")),
-    (r"(^|/)heads/\w+/output/(kernel|bias)$", _WHOLE),
+    (r"(^|/)heads/\w+/(output|attend)/(kernel|bias)$", _WHOLE),
+    (r"(^|/)heads/\w+/reader/mixes/\d+/(weights|gamma)$", _WHOLE),
+    (r"(^|/)heads/\w+/crf/(transitions|first|last)$", _WHOLE),
 )
 
 

@@ -152,16 +152,19 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
 
 
-def make_eval_step(bind: Callable, objectives: Sequence) -> Callable:
+def make_eval_step(bind: Callable, objectives: Sequence, *, everywhere: Any = None) -> Callable:
     """`eval_step(params, carry, batch) -> (sums, predictions, carry)`, jitted; no dropout.
 
-    sums: {name: (sum, weight)}, to be added over batches in float64 on the host; predictions: {} for pretraining.
+    sums: {name: (sum, weight)}, to be added over batches in float64 on the host; predictions: {objective: array} of
+    those that predict something of each example, placed as `everywhere` says: whole on every process.
     """
+    predicting = [objective for objective in objectives if hasattr(objective, "predictions")]
 
     def step(params, carry, batch):
         model = bind(params)
         outputs, carry = model(batch, carry)
         sums, weights = _sums(model, objectives, outputs, batch, None), _weights(objectives, batch)
-        return {name: (sums[name], weights[name]) for name in sums}, {}, carry
+        predictions = {o.name: o.predictions(model.heads[o.name], outputs, batch) for o in predicting}
+        return {name: (sums[name], weights[name]) for name in sums}, predictions, carry
 
-    return jax.jit(step, donate_argnums=1)
+    return jax.jit(step, donate_argnums=1, out_shardings=(None, everywhere, None))

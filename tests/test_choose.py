@@ -170,5 +170,5 @@ def test_bad_settings_are_one_line(settings, message):
 
 def test_text_without_labels_is_refused():
     configs.validate(task_config(choices=3))
-    with pytest.raises(UserError, match="needs a task's rows, data.layout='task': text has no labels"):
+    with pytest.raises(UserError, match=r"needs a task's rows, data.layout='task': text has no labels"):
         Choose(SETTINGS, ToyTokenizer()).fields({"length": np.ones(3, np.int32)}, Draw(0, 0, range(3)))

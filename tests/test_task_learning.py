@@ -22,6 +22,7 @@ from plm.training.step import make_train_step, new_state
 WORDS = ("kofi", "lamu", "nesa", "toro", "bika", "sumi")
 FILL = ("ya", "ro", "mi")
 STEPS = 150
+LONGER = 500  # to find out that two words are one takes a Transformer longer
 
 
 def write(path, rows) -> None:
@@ -40,9 +41,9 @@ def single(rng, n):
 def pair(rng, n):
     """Whether two texts hold the same word."""
     for _ in range(n):
-        first, other = rng.choice(WORDS[:3], 2, replace=False)
-        label = int(rng.integers(2))
-        yield {"a": f"ya {first} ro", "b": f"mi {first if label else other} ya", "label": str(label)}
+        first, other = rng.choice(WORDS[:4], 2, replace=False)
+        label, (one, two, three, four) = int(rng.integers(2)), rng.choice(FILL, 4)
+        yield {"a": f"{one} {first} {two}", "b": f"{three} {first if label else other} {four}", "label": str(label)}
 
 
 def similarity(rng, n):
@@ -80,7 +81,7 @@ def span(rng, n):
 def files(kind: str, folder) -> dict[str, str]:
     """Settings of data.task."""
     rng = np.random.default_rng(1)
-    sizes = {"train": 600, "dev": 200}
+    sizes = {"train": 600, "dev": 400}
     if kind == "tagging":
         for split, n in sizes.items():
             sentences = ("".join(f"{w} {t}\n" for w, t in zip(*one, strict=True)) for one in tagging(rng, n))
@@ -122,7 +123,7 @@ def task_config(kind: str, model: str, folder, vocabularies, **settings):
             "data.layout": "task",
             "data.tokenizer.kind": kinds[model],
             "data.tokenizer.path": str(vocabularies[kinds[model]]),
-            "total_steps": STEPS,
+            "total_steps": LONGER if kind in ("pair", "similarity") and model != "elmo" else STEPS,
             "batch_size": 32,
             "seq_len": 16,
             "optimizer.peak_lr": 1e-2 if model == "elmo" else 5e-3,

@@ -7,6 +7,7 @@ framed its text:
 | --- | --- |
 | sentence pairs (`data.layout=pairs`: BERT) | `[CLS] text [SEP]`, all of it segment 0 |
 | lanes with sentence markers (tokenizer `words`: ELMo) | `<S> text </S>`; the backward tower reads it from `</S>` on |
+| a task (`data.layout=task`) | as the task's single texts, see `plm.data.task_rows` |
 | running text without markers (GPT, the byte-level models of the comparison) | the text as it is, nothing added |
 
 Two towers: features are the forward tower's, then the backward one's, both at the same token (each has read that token
@@ -23,6 +24,7 @@ import numpy as np
 from etils import epath
 
 from plm import weights
+from plm.data.task_rows import Frame
 from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
 from plm.inference import batches, embedding, filling, generation, reading, scoring
@@ -157,6 +159,9 @@ class Model:
             return (roles["cls"],), (roles["sep"],)
         if layout == "lanes" and "bos" in roles and "eos" in roles:
             return (roles["bos"],), (roles["eos"],)
+        if layout == "task":
+            frame = Frame.of(self.tokenizer)
+            return (frame.begin,), (frame.end,)
         return (), ()
 
     @property

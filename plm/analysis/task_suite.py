@@ -1,0 +1,107 @@
+"""A fine-tuned run on its task: what settings are selected by, and what is reported once (protocol 10).
+
+The selection part is dev (without a labelled test its first half, by the hash of the ids), the report part test (else
+the second half). A null threshold is chosen on the selection part and applied to the report part. Predictions of every
+part, and of a test set without labels, are written in the task's submission format.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+from etils import epath
+
+from plm.analysis import task_metrics, task_results
+from plm.data.examples import Example, has_gold
+from plm.data.pipeline import Corpus, load_task, task_split
+from plm.data.task_rows import TaskSplit
+from plm.data.tokenizers import Tokenizer
+from plm.errors import UserError
+from plm.models.graph import build
+from plm.training import config as configs
+from plm.training import metrics, sharding
+from plm.training.loop import Evaluator, compute_dtype, make_batches
+from plm.training.objectives import make_objectives
+
+FOLDER = "predictions"
+_ENDS = {"squad": "json", "mclwic": "json", "jsonl": "jsonl", "wic": "txt", "conll": "conll", "glue": "tsv"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """name: of the part; n: its examples; values: {metric: value}, {} without labels; text: of its predictions."""
+
+    name: str
+    n: int
+    values: dict[str, float]
+    text: str
+
+
+class Predictor:
+    """Predictions of a fine-tuned model for examples of its task.
+
+    config, tokenizer, params: of the run. data.task.files of the config says where the task is; a run's copy of it is
+    resolved, so classes and widths are known.
+    """
+
+    def __init__(self, config, tokenizer: Tokenizer, params: dict, *, progress: bool = True):
+        if config.data.layout != "task":
+            raise UserError("suite task is for runs of experiments/finetune.py: this run's data.layout is no task")
+        self.config, self.tokenizer, self.progress = config, tokenizer, progress
+        self.task = load_task(config.data)
+        batch_size = config.eval.batch_size or config.batch_size
+        together = configs.rows_per_example(config)
+        whole = batch_size % (jax.device_count() * together) == 0
+        everything = type(config.mesh)({"data": -1, "fsdp": 1, "tensor": 1})
+        self.mesh = sharding.make_mesh(everything, jax.devices() if whole else jax.devices()[:1])
+        self.graph = build(config, tokenizer.size, tuple(config.objectives), compute_dtype(config))
+        with jax.set_mesh(self.mesh):
+            self.params = jax.device_put(params, jax.NamedSharding(self.mesh, jax.P()))
+        self.objectives, self.coefficients = make_objectives(config, tokenizer, evaluation=True)
+
+    def split(self, name: str, examples: Sequence[Example]) -> TaskSplit:
+        return task_split(self.config, self.task, name, examples, self.tokenizer, progress=self.progress)
+
+    def __call__(self, split: TaskSplit) -> list:
+        """One prediction for each example, of spans before their null threshold (`task_results.answers`)."""
+        corpus = Corpus(self.tokenizer, split, split, {}, self.task)
+        with jax.set_mesh(self.mesh):
+            batches = make_batches(self.config, corpus, "eval", self.mesh)
+            evaluator = Evaluator(self.graph, batches, self.objectives, self.coefficients, 0, False)
+            _, predictions = evaluator.run(self.params)
+        name = configs.OBJECTIVE_OF_KIND[self.task.task.kind]
+        return task_results.answers(split, predictions[name])
+
+
+def evaluate(predictor: Predictor) -> list[Scored]:
+    """Selection, report, and a test set without labels, in this order."""
+    task = predictor.task
+    (selection, chosen_by), (report, reported) = task.selection_and_report()
+    split = predictor.split(selection, chosen_by)
+    found = predictor(split)
+    threshold = task_results.null_threshold(split, found) if task.task.kind == "span" else None
+    parts = [_scored(split, task_results.final(split, found, threshold))]
+    others = [(report, reported)]
+    if "test" in task.splits and not all(has_gold(task.task, example) for example in task.examples("test")):
+        others.append(("test", task.examples("test")))
+    for name, examples in others:
+        split = predictor.split(name, examples)
+        parts.append(_scored(split, task_results.final(split, predictor(split), threshold)))
+    return parts
+
+
+def _scored(split: TaskSplit, predictions: list) -> Scored:
+    task = split.task
+    labelled = all(has_gold(task.task, example) for example in split.examples)
+    values = task_results.score(split, predictions) if labelled else {}
+    text = task_metrics.submission(task.task, split.examples, predictions, task.labels)
+    return Scored(split.name, len(predictions), values, text)
+
+
+def write_predictions(workdir: epath.Path, task, step: int, part: Scored) -> str:
+    """Writes a part's predictions; returns the file's name in the workdir."""
+    end = _ENDS.get(task.task.submission, "txt")
+    name = f"{FOLDER}/{task.name}-{part.name.replace(', ', '-').replace(' ', '_')}-{step}.{end}"
+    (workdir / FOLDER).mkdir(parents=True, exist_ok=True)
+    metrics.write_atomically(workdir / name, part.text)
+    return name

@@ -123,7 +123,7 @@ def task_config(kind: str, model: str, folder, vocabularies, **settings):
             "data.layout": "task",
             "data.tokenizer.kind": kinds[model],
             "data.tokenizer.path": str(vocabularies[kinds[model]]),
-            "total_steps": LONGER if kind in ("pair", "similarity") and model != "elmo" else STEPS,
+            "total_steps": LONGER if kind == "similarity" or (kind == "pair" and model != "elmo") else STEPS,
             "batch_size": 32,
             "seq_len": 16,
             "optimizer.peak_lr": 1e-2 if model == "elmo" else 5e-3,
@@ -179,12 +179,13 @@ CASES = [
     ("pair", "gpt", {"pairs": "both_orders"}, "accuracy"),
     ("pair", "elmo", {"pairs": "apart", "reads": "mix", "pooling": "max"}, "accuracy"),
     ("similarity", "bert", {}, "pearson"),
+    ("similarity", "elmo", {"pairs": "apart", "pooling": "max"}, "pearson"),
     ("choice", "gpt", {}, "accuracy"),
     ("tagging", "elmo", {"lstm": 16, "reads": "mix"}, "accuracy"),
     ("tagging", "gpt", {"crf": True}, "accuracy"),
     ("span", "bert", {}, "exact_match"),
 ]
-QUICK = (("single", "gpt"), ("pair", "elmo"), ("tagging", "gpt"), ("span", "bert"))
+QUICK = (("single", "gpt"), ("similarity", "elmo"), ("choice", "gpt"), ("tagging", "gpt"), ("span", "bert"))
 
 
 @pytest.mark.parametrize(

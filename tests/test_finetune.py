@@ -1,0 +1,202 @@
+"""Fine-tuning from a run: experiments/finetune.py by the same loop, resume, controls, results, bad input."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+from fixtures import children, corpus
+from fixtures.children import ROOT, RUNS
+
+from plm.analysis import task_suite
+from plm.data.tokenizers import Tokenizer
+from plm.errors import UserError
+from plm.inference import model as models
+from plm.training import checkpoint, loop
+from plm.training import config as configs
+from plm.training.metrics import RunRecord, read_metrics, read_results
+
+FINETUNE = str(ROOT / "experiments/finetune.py")
+QUICK = {"total_steps": 6, "batch_size": 8, "seq_len": 16, "data.task.buckets": (8,), "checkpoint.every_steps": 3}
+
+
+@pytest.fixture(autouse=True)
+def compiled_once(cache):
+    before = children.quick_compiles()
+    yield
+    children.restore(before)
+
+
+@pytest.fixture
+def sources(tmp_path_factory, compiled_once):
+    """One-step runs of BERT's, GPT's (byte-level) and ELMo's kind."""
+    folder = tmp_path_factory.getbasetemp() / "finetune sources"
+    if not folder.exists():
+        folder.mkdir()
+        text = corpus.write(folder / "corpus.txt")
+        for kind in ("pairs", "blocks", "lanes"):
+            settings = {"data.source": f"text:{text}", "total_steps": 1, "seed": 7, "eval.every_steps": 0}
+            loop.train(configs.load(f"{RUNS}:{kind}", settings), folder / kind)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """A folder with 60 + 20 labelled sentences of the corpus's own words."""
+    rng, folder = random.Random(0), tmp_path_factory.mktemp("task")
+    sentences = [s for text in corpus.documents(60) for s in text if 2 <= len(s.split()) <= 8]
+    for split, n in (("train", 60), ("dev", 20)):
+        rows = [{"text": rng.choice(sentences), "label": rng.choice(["no", "yes"])} for _ in range(n)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def config_of(source, task, arguments: str = "custom,kind=single", **settings):
+    flat = {key.replace("__", "."): value for key, value in settings.items()}
+    files = {"data.task.files": str(task / "{split}.jsonl"), "data.task.text": "text", "data.task.label": "label"}
+    return configs.load(f"{FINETUNE}:{arguments}", {"init.from": str(source), **files, **QUICK, **flat})
+
+
+def leaves(workdir, step=None) -> dict[str, np.ndarray]:
+    return dict(checkpoint.paths_and_leaves(checkpoint.restore_params(workdir, step)[0]))
+
+
+def test_bert_is_tuned_stopped_and_resumed_as_if_it_never_stopped(sources, task, tmp_path):
+    config = config_of(sources / "pairs", task)
+    whole = loop.train(config, tmp_path / "whole")
+    assert {"eval/accuracy", "eval/classify", "eval/classify_accuracy"} <= whole.keys()
+    assert whole["eval/accuracy"] == pytest.approx(whole["eval/classify_accuracy"])
+    half = config.copy_and_resolve_references().unlock()
+    half.total_steps, half.optimizer.schedule_steps = 3, 6
+    half.optimizer.warmup_fraction, half.optimizer.warmup_steps = 0.0, 1
+    loop.train(configs.validate(half), tmp_path / "stopped")
+    (tmp_path / "stopped/config.json").write_text((tmp_path / "whole/config.json").read_text())
+    loop.train(config, tmp_path / "stopped")
+    a, b = leaves(tmp_path / "whole"), leaves(tmp_path / "stopped")
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    # The head's pooler is next-sentence prediction's.
+    before = leaves(sources / "pairs")
+    begun = config.copy_and_resolve_references().unlock()
+    begun.checkpoint.keep_at = (0,)
+    loop.train(begun.lock(), tmp_path / "begun")
+    started = leaves(tmp_path / "begun", 0)
+    np.testing.assert_array_equal(started["heads/classify/pooler/kernel"], before["heads/next_sentence/pooler/kernel"])
+    facts = RunRecord(tmp_path / "whole", enabled=False).facts
+    assert facts["starts_from"]["source"] == str(sources / "pairs")
+    rows = {row.metric: row for row in read_results(tmp_path / "whole")}
+    row = rows["accuracy"]
+    assert (row.suite, row.pretrain_seed, row.head_seed, row.split) == ("custom", 7, 0, "dev, first half")
+    saved = configs.from_json((tmp_path / "whole/config.json").read_text())
+    assert (saved.objectives.classify.classes, saved.optimizer.warmup_steps) == (2, 1)
+
+
+@pytest.mark.slow
+def test_gpt_gets_its_tokens_and_its_language_model_beside(sources, task, tmp_path, capsys):
+    config = config_of(sources / "blocks", task, checkpoint__keep_at=(0,))
+    assert set(config.objectives) == {"classify", "causal"}
+    values = loop.train(config, tmp_path / "run")
+    assert values["eval/loss"] == pytest.approx(values["eval/classify"] + 0.5 * values["eval/causal"])
+    assert "heads/classify/output" in capsys.readouterr().err  # what starts at random values is said
+    begun, before = leaves(tmp_path / "run", 0), leaves(sources / "blocks")
+    np.testing.assert_array_equal(begun["embedding/tokens/table"], before["embedding/tokens/table"])
+
+
+@pytest.mark.slow
+def test_new_tokens_start_at_random_values(sources, task, tmp_path):
+    """A BPE vocabulary as GPT's has nothing that frames a row."""
+    text = corpus.write(tmp_path / "corpus.txt")
+    settings = {"data.source": f"text:{text}", "total_steps": 1, "eval.every_steps": 0, "data.tokenizer.kind": "bpe"}
+    loop.train(configs.load(f"{RUNS}:blocks", settings), tmp_path / "gpt")
+    loop.train(config_of(tmp_path / "gpt", task, total_steps=1, checkpoint__keep_at=(0,)), tmp_path / "run")
+    before, tokenizer = leaves(tmp_path / "gpt"), Tokenizer.load(tmp_path / "run/tokenizer")
+    assert tokenizer.marks == ("start", "delimiter", "classify")
+    table = leaves(tmp_path / "run", 0)["embedding/tokens/table"]
+    size = tokenizer.size - 3
+    np.testing.assert_array_equal(table[:size], before["embedding/tokens/table"][:size])
+    assert (np.abs(table[size : size + 3]).max(axis=1) > 0).all()
+    assert (table[size + 3 :] == 0).all()
+
+
+@pytest.mark.parametrize("way", ["paper", pytest.param("probe", marks=pytest.mark.slow)])
+def test_what_is_frozen_stays_bit_for_bit(way, sources, task, tmp_path):
+    config = config_of(sources / "lanes", task, f"custom,kind=single,way={way}")
+    loop.train(config, tmp_path / "run")
+    before, after = leaves(sources / "lanes"), leaves(tmp_path / "run")
+    body = [name for name in after if not name.startswith("heads/")]
+    assert body
+    for name in body:
+        np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+    assert any(name.startswith("heads/classify/reader/lstm") for name in after) == (way == "paper")
+
+
+@pytest.mark.slow
+def test_controls(sources, task, tmp_path):
+    scratch = config_of(sources / "pairs", task, init__keep="nothing", checkpoint__keep_at=(0,), total_steps=1)
+    loop.train(scratch, tmp_path / "scratch")
+    begun, before = leaves(tmp_path / "scratch", 0), leaves(sources / "pairs")
+    assert Tokenizer.load(tmp_path / "scratch/tokenizer").size == Tokenizer.load(sources / "pairs/tokenizer").size
+    name = "blocks/stacked/attention/query/kernel"
+    assert not np.any(begun[name] == before[name])
+    top = config_of(sources / "pairs", task, "custom,kind=single,reset_top=1", checkpoint__keep_at=(0,), total_steps=1)
+    loop.train(top, tmp_path / "top")
+    begun = leaves(tmp_path / "top", 0)
+    np.testing.assert_array_equal(begun[name][0], before[name][0])
+    assert not np.any(begun[name][1] == before[name][1])
+
+
+def test_a_finished_run_is_reported_once_with_its_predictions(sources, task, tmp_path):
+    config = config_of(sources / "pairs", task, total_steps=1)
+    values = loop.train(config, tmp_path / "run")
+    model = models.load(str(tmp_path / "run"))
+    predictor = task_suite.Predictor(model.config, model.tokenizer, model.params, progress=False)
+    selection, report = task_suite.evaluate(predictor)
+    assert (selection.name, report.name) == ("dev, first half", "dev, second half")
+    assert (selection.n, report.n) == (10, 10)
+    assert selection.values["accuracy"] == pytest.approx(values["eval/accuracy"])
+    lines = [json.loads(line) for line in report.text.splitlines()]
+    assert {line["prediction"] for line in lines} <= {"no", "yes"}
+    # Other batches and widths give the same predictions.
+    other = model.config.copy_and_resolve_references().unlock()
+    other.batch_size, other.data.task.buckets = 3, ()
+    again = task_suite.evaluate(task_suite.Predictor(other.lock(), model.tokenizer, model.params, progress=False))
+    assert [part.text for part in again] == [selection.text, report.text]
+    assert model.embed(["one two"], layers=-1)[0].shape[-1] == 16  # it is still a model that embeds
+
+
+@pytest.mark.slow
+def test_eight_devices_measure_what_one_does(sources, task, tmp_path):
+    flags = [f"--config.{key}={value}" for key, value in QUICK.items()]
+    flags += [f"--config.data.task.files={task}/{{split}}.jsonl", "--config.data.task.text=text"]
+    flags += ["--config.data.task.label=label", f"--config.init.from={sources / 'pairs'}", "--config.batch_size=8"]
+    for devices in (1, 8):
+        workdir = tmp_path / str(devices)
+        arguments = [f"--config={FINETUNE}:custom,kind=single", f"--workdir={workdir}", *flags]
+        child = children.start("plm.train", *arguments, output=workdir.with_suffix(".out"), devices=devices)
+        assert child.wait() == 0, child.text
+    one, eight = (next(v for v in read_metrics(tmp_path / d) if "eval/accuracy" in v) for d in ("1", "8"))
+    assert one["eval/accuracy"] == eight["eval/accuracy"]
+    np.testing.assert_allclose(one["eval/classify"], eight["eval/classify"], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "message"),
+    [
+        ("custom,kind=single", {"init__from": ""}, r"starts from a model: --config.init.from=SRC must be given"),
+        ("sst3", {}, r"config argument task='sst3' must be .*did you mean 'sst2'"),
+        ("sst2,kind=pair", {}, r"kind=pair is for task=custom; sst2 has its own"),
+        ("custom,reset_top=9", {}, r"reset_top=9: the model has 2 layers"),
+        ("custom", {"data__task__text": "body"}, r"jsonl, line 1: no column 'body'"),
+        ("custom,kind=pair", {}, r"kind=pair has 1 text columns; 2 are right"),
+        ("custom", {"objectives__classify__classes": 3}, r"objectives.classify.classes=3: task 'custom' has 2"),
+        ("custom", {"init__reset": "^layers/"}, r"init.reset='\^layers/' finds no parameter"),
+        ("custom", {"model__width": 32}, r"init.from=.* lacks"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, settings, message, sources, task, tmp_path):
+    settings = {"init__from": str(sources / "pairs"), **settings}
+    source = settings.pop("init__from")
+    with pytest.raises(UserError, match=message) as caught:
+        loop.train(config_of(source, task, arguments, **settings), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run/config.json").exists()

@@ -1,4 +1,4 @@
-"""A run that is told to stop ends its step, saves it and says so by its exit code; resumed, it was never interrupted."""
+"""A run that is told to stop ends its step, saves it, and its exit code says so; resumed, it was never interrupted."""
 
 import os
 import re
@@ -40,12 +40,16 @@ def config_of(text):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(text, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    before = children.quick_compiles()
-    loop.train(config_of(text), workdir)
-    children.restore(before)
-    return workdir
+def whole(tmp_path_factory):
+    return tmp_path_factory.mktemp("whole") / "run"
+
+
+@pytest.fixture
+def uninterrupted(whole, text, compiled_once):
+    """The workdir of a run that nothing disturbed, made once."""
+    if not whole.exists():
+        loop.train(config_of(text), whole)
+    return whole
 
 
 def signalled(monkeypatch, at_step: int, number: int) -> None:

@@ -29,7 +29,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SAME_NOTICE_SECONDS = 2.0
 
 
-class Preempted(SystemExit):  # noqa: N818 (it is an exit, and no error)
+class Preempted(SystemExit):
     """The run stopped after `step`, which is saved; ends the process with exit code INTERRUPTED."""
 
     def __init__(self, step: int):

@@ -105,7 +105,7 @@ def _by_cluster(cluster: str, environment: Mapping[str, str]) -> Processes | Non
         if cluster == "slurm":
             raise UserError("--cluster=slurm: this process was not started by srun")
     if cluster == "tpu" or (cluster == "auto" and (_is_tpu_vm() or "," in environment.get("TPU_WORKER_HOSTNAMES", ""))):
-        return _tpu(environment)
+        return of_tpu(environment)
     return None
 
 
@@ -130,7 +130,7 @@ def _is_tpu_vm() -> bool:
     return any(device.exists() for device in devices) and importlib.util.find_spec("libtpu") is not None
 
 
-def _tpu(environment: Mapping[str, str]) -> Processes:
+def of_tpu(environment: Mapping[str, str] = os.environ) -> Processes:
     """Of a TPU slice: by its environment (GKE), else by the metadata server (TPU VMs)."""
     hosts = [host for host in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
     if hosts:

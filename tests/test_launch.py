@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import local, sweep
+from launch import local, points, sweep
 from plm.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -60,7 +60,7 @@ def trainer(tmp_path, monkeypatch):
             """
         )
     )
-    monkeypatch.setattr(sweep, "TRAIN", (sys.executable, str(script)))
+    monkeypatch.setattr(points, "TRAIN", (sys.executable, str(script)))
 
 
 def calls(workdir: Path) -> list[str]:
@@ -68,9 +68,12 @@ def calls(workdir: Path) -> list[str]:
 
 
 def launch(experiment, root, **options):
-    points = sweep.read_points(experiment, options.pop("overrides", {}))
-    chosen = sweep.choose(points, options.pop("only", []))
-    return sweep.launch(points, root, **{"retry": "none", "workers": 2} | options, chosen=chosen)
+    found = sweep.read_points(experiment, options.pop("overrides", {}))
+    chosen = sweep.choose(found, options.pop("only", []))
+    backend = sweep.Local(
+        workers=2, **{name: options.pop(name) for name in ("processes", "devices") if name in options}
+    )
+    return sweep.launch(found, root, **{"retry": "none"} | options, chosen=chosen, backend=backend)
 
 
 def test_runs_all_then_skips_the_finished(experiment, trainer, tmp_path, capsys):
@@ -170,9 +173,13 @@ def test_seeds_make_a_point_each(experiment):
 
 
 def test_every_worker_gets_its_share_of_the_cores():
-    assert local.shares([0, 1, 2, 5], 2) == [[0, 1], [2, 5]]
-    assert local.shares([0, 1, 2], 2) == [[0, 1], [2]]
-    assert local.shares([0, 1], 3) == [[0], [1], [0]]
+    assert [share.cores for share in local.shares([0, 1, 2, 5], None, 2)] == [(0, 1), (2, 5)]
+    assert [share.cores for share in local.shares([0, 1, 2], None, 2)] == [(0, 1), (2,)]
+    assert [share.cores for share in local.shares([0, 1], None, 3)] == [(0,), (1,), (0,)]
+    both = local.shares([0, 1], ["0", "1", "2", "3"], 2)
+    assert [share.devices for share in both] == [("0", "1"), ("2", "3")]
+    assert [part.devices for part in both[1].split(2)] == [("2",), ("3",)]
+    assert both[1].text() == "core 1; devices 2,3"
 
 
 def test_commands(experiment, tmp_path):

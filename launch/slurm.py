@@ -82,6 +82,8 @@ def script(points: Sequence[Point], root: epath.Path, options: Options) -> str:
         *(f"#SBATCH {shlex.quote(directive) if ' ' in directive else directive}" for directive in directives),
         "",
         "export PYTHONUNBUFFERED=1",
+        "# Since 22.05 srun does not take this over from sbatch.",
+        '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK',
         'case "$SLURM_ARRAY_TASK_ID" in',
         *cases,
         "esac",

@@ -259,14 +259,14 @@ class _Life:
         try:
             while True:
                 try:
-                    code = self._attempt()
+                    code, why = self._attempt(), "the workers were told to stop, and saved"
                 except _Lost as lost:
-                    self.say(f"{lost}; queueing again")
-                    code = INTERRUPTED
+                    code, why = INTERRUPTED, str(lost)
                 finally:
                     self._delete()
                 if code != INTERRUPTED:
                     break
+                self.say(f"{why}; queueing again after step {self._step()}")
                 now = self._step()
                 fruitless, before = (0, now) if now > before else (fruitless + 1, now)
                 if fruitless >= _FRUITLESS:
@@ -329,7 +329,7 @@ class _Life:
             if code is not None:
                 return code
             if now != "ACTIVE":
-                raise _Lost(f"preempted ({self.commands.name} is {now}) after step {self._step()}")
+                raise _Lost(f"preempted ({self.commands.name} is {now})")
             try:
                 self._sleep(self.options.poll_seconds)
             except _Stopped:

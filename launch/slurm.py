@@ -7,7 +7,6 @@ otherwise leaves its exit code in the workdir's file `return_code`. Needs a file
 """
 
 import dataclasses
-import os
 import shlex
 import subprocess
 import time
@@ -56,7 +55,9 @@ def define_flags() -> None:
 
 def script_path(root: epath.Path) -> Path:
     """A new name for each submission."""
-    return Path(root) / FOLDER / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.sh"
+    folder = Path(root) / FOLDER
+    number = 1 + max((int(path.stem) for path in folder.glob("*.sh")), default=0)
+    return folder / f"{number}.sh"
 
 
 def script(points: Sequence[Point], root: epath.Path, options: Options) -> str:

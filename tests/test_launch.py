@@ -52,6 +52,8 @@ def trainer(tmp_path, monkeypatch):
             (workdir / "metrics.jsonl").write_text('{"step": 7, "train/loss": 1.5}' + chr(10) + '{"step": 8, "tr')
             if hasattr(os, "sched_getaffinity"):
                 (workdir / "cores").write_text(str(len(os.sched_getaffinity(0))))
+            index = next((a[13:] for a in sys.argv if a.startswith("--process_id=")), "0")
+            (workdir / f"devices.{index}").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
             if (workdir / "hang").exists():
                 time.sleep(60)
             if (workdir / "fail").exists():
@@ -129,6 +131,29 @@ def test_closing_the_pool_ends_its_processes(experiment, trainer, tmp_path):
     pool.close()
     assert ended == [-15]
     assert time.monotonic() - start < 5
+
+
+def test_the_processes_of_a_point_share_what_it_got(experiment, trainer, tmp_path):
+    root = tmp_path / "root"
+    assert launch(experiment, root, only=["a"], processes=2, devices=["4", "5", "6", "7"]) == 0
+    first, second = sorted(calls(root / "a"), key=lambda call: call[-1])
+    assert first.endswith("--num_processes=2 --process_id=0")
+    assert second == first[:-1] + "1", "the same port for both"
+    assert {(root / "a" / f"devices.{index}").read_text() for index in range(2)} == {"4", "5"}
+    assert json.loads((root / "a" / "point.json").read_text())["on"].endswith("devices 4,5")
+    assert (root / "a" / "log.1.txt").exists()
+
+
+def test_a_stop_that_saved_is_an_interruption(tmp_path):
+    for code, expected in (
+        (0, "finished"),
+        (75, "interrupted"),
+        (130, "interrupted"),
+        (137, "interrupted"),
+        (1, "failed"),
+    ):
+        (tmp_path / "point.json").write_text(json.dumps({"return_code": code}))
+        assert points.state(tmp_path) == expected, code
 
 
 def test_all_points_are_validated_before_one_starts(experiment, trainer, tmp_path):

@@ -123,7 +123,7 @@ def launch(
             if states[point.name] == "running" and record.get("backend") == "local":
                 raise UserError(f"{root / point.name} is in use by process {record.get('pid')}")
         todo = [point for point in chosen if states[point.name] in again]
-        _watch(backend.run(todo, Records(root, points, texts)), chosen, root, jobs)
+        _watch(backend.run(todo, chosen, Records(root, points, texts)), chosen, root, backend)
         print(table(chosen, root, backend.jobs()), flush=True)
     return backend.exit_code([state(root / point.name, backend.jobs()) for point in chosen])
 
@@ -139,8 +139,8 @@ class Backend:
         """For --dry_run: the lines that would be run."""
         raise NotImplementedError
 
-    def run(self, points: Sequence[Point], records: Records) -> Iterator[None]:
-        """Runs the points, writes their records, yields often."""
+    def run(self, points: Sequence[Point], chosen: Sequence[Point], records: Records) -> Iterator[None]:
+        """Runs `points`, those of `chosen` that have to be; writes their records, yields often."""
         raise NotImplementedError
 
     def exit_code(self, states: Sequence[str]) -> int:
@@ -169,7 +169,7 @@ class Local(Backend):
     def commands(self, points: Sequence[Point], root: epath.Path) -> list[str]:
         return [shlex.join(command) for job in self._jobs(points, root) for command in job.commands()]
 
-    def run(self, points: Sequence[Point], records: Records) -> Iterator[None]:
+    def run(self, points: Sequence[Point], chosen: Sequence[Point], records: Records) -> Iterator[None]:
         root = records.root
 
         def started(job: local.Job, pid: int, share: local.Share) -> None:
@@ -206,14 +206,14 @@ class Slurm(Backend):
         script = slurm.script_path(root)
         return [f"# {script}", slurm.script(points, root, self.options), shlex.join(slurm.submit_command(script))]
 
-    def run(self, points: Sequence[Point], records: Records) -> Iterator[None]:
+    def run(self, points: Sequence[Point], chosen: Sequence[Point], records: Records) -> Iterator[None]:
         if points:
             number = slurm.submit(points, records, self.options)
             print(f"submitted  job {number}, {len(points)} points; --status shows them, scancel {number} ends them")
         while self.wait and any(
             state(records.root / point.name, jobs) in ("queued", "running")
             for jobs in [slurm.states()]
-            for point in points
+            for point in chosen
         ):
             yield
             time.sleep(self.options.poll_seconds)
@@ -232,12 +232,12 @@ class Tpu(Backend):
     def commands(self, points: Sequence[Point], root: epath.Path) -> list[str]:
         return [line for point in points for line in tpu.dry_run(point, root, self.options)]
 
-    def run(self, points: Sequence[Point], records: Records) -> Iterator[None]:
+    def run(self, points: Sequence[Point], chosen: Sequence[Point], records: Records) -> Iterator[None]:
         return tpu.run(points, records, self.options, workers=self.workers)
 
 
 def _watch(
-    steps: Iterator[None], points: Sequence[Point], root: epath.Path, jobs=None, every_seconds: float = 30.0
+    steps: Iterator[None], points: Sequence[Point], root: epath.Path, backend: "Backend", every_seconds: float = 30.0
 ) -> None:
     """Draws the table again and again while the jobs run: in place on a terminal, now and then elsewhere."""
     live, last, shown = sys.stdout.isatty(), time.monotonic(), 0.0
@@ -245,12 +245,12 @@ def _watch(
         for _ in steps:
             now = time.monotonic()
             if live and now - shown >= 2.0:
-                text = table(points, root, jobs)
+                text = table(points, root, backend.jobs())
                 # Down from here, then the cursor goes back, so that messages in between are written over the table.
                 print("\x1b[J" + text + f"\x1b[{text.count(chr(10))}A\r", end="", flush=True)
                 shown = now
             elif not live and now - last >= every_seconds:
-                print(table(points, root, jobs), flush=True)
+                print(table(points, root, backend.jobs()), flush=True)
                 last = now
     if live:
         print("\x1b[J", end="", flush=True)

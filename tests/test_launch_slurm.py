@@ -117,3 +117,16 @@ def test_without_slurm_one_line_says_so(trainer, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="squeue is not on this machine's PATH"):
         sweep_of(tmp_path / "root")
+
+
+def test_waiting_ends_when_nothing_is_queued_or_running(commands, trainer, tmp_path):
+    root = tmp_path / "root"
+    sweep_of(root)
+    found = [points.Point(name, CONFIG, {"optimizer.peak_lr": rate}) for name, rate in (("a", 1e-3), ("b", 2e-3))]
+    waiting = sweep.Slurm(slurm.Options(poll_seconds=0.05), wait=True).run([], found, points.Records(root, found, {}))
+    for _ in range(3):
+        next(waiting)
+    (root / "a" / "return_code").write_text("0\n")
+    next(waiting)
+    (root / "b" / "return_code").write_text("1\n")
+    assert list(waiting) == []

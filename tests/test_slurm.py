@@ -14,7 +14,7 @@ from fixtures import corpus, slurm_node
 from fixtures.children import ROOT, RUNS
 from test_loop import assert_same_checkpoint, losses_of
 
-STEPS = 100
+STEPS = 60
 POINTS = ("lanes", "blocks", "pairs")
 
 pytestmark = pytest.mark.skipif(
@@ -36,7 +36,7 @@ def sweep(root, text, environment, *flags: str) -> subprocess.CompletedProcess:
         "data.source": f"text:{text}",
         "total_steps": STEPS,
         "log.every_steps": 1,
-        "checkpoint.every_steps": 50,
+        "checkpoint.every_steps": 30,
     }
     settings |= {"eval.every_steps": STEPS}
     command = [sys.executable, "-m", "launch.sweep", f"--config={RUNS}", f"--root={root}", "--processes=2"]

@@ -3,13 +3,14 @@
 #   make setup       .venv with the versions of constraints.txt; PYTHON=python3.12 chooses an interpreter (3.11 or later)
 #   make demo        pretrains ELMo, GPT and BERT small on the embedded corpus and names the page that compares them
 #   make test        lint and all tests but the slow ones; make test-full runs the slow ones too; ARGS='-k masked' chooses
+#   make test-slurm  a sweep on a real Slurm, which it installs (Debian, Ubuntu; as root) and runs on this machine
 #   make bench       a training step of each model, and embedding texts, beside the same mathematics in PyTorch
 #   make parity      the same weights in Transformers and here, both ways (.venv-peers)
 #   make lint        ruff; make format mends what it can
 #   make clean       removes caches; make distclean the environments too; neither touches runs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full bench parity lint format clean distclean
+.PHONY: help setup demo test test-full test-slurm bench parity lint format clean distclean
 .SUFFIXES:
 
 # An environment that is there keeps its Python until PYTHON asks for another.
@@ -64,6 +65,12 @@ test: lint
 
 test-full: lint
 	$(RUN) pytest -n $(JOBS) $(ARGS)
+
+# The daemons have their own key, ports and folders, and end with the tests.
+test-slurm: setup
+	@command -v slurmctld munged > /dev/null || { apt-get update --quiet && \
+		DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends slurm-wlm munge; }
+	PLM_TEST_SLURM=1 $(RUN) pytest -n 0 tests/test_slurm.py $(ARGS)
 
 bench: .venv-peers/.installed-$(VERSION)
 	.venv-peers/bin/python -m tests.benchmarks.bench --output=runs/bench $(ARGS)

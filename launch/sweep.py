@@ -1,10 +1,12 @@
-"""Every point of a sweep, resumable.
+"""Every point of a sweep, resumable, on this machine, a Slurm cluster or TPU virtual machines.
 
     python -m launch.sweep --config=experiments/compare.py:tiny --root=runs/demo
     python -m launch.sweep --config=... --root=DIR --dry_run      # what would run
     python -m launch.sweep --config=... --root=DIR --status       # how far it is
     python -m launch.sweep --config=... --root=DIR                # again: goes on where it was
     python -m launch.sweep --config=... --root=DIR --retry=failed # those that failed, too
+    python -m launch.sweep --config=... --root=DIR --backend=slurm --processes=8   # docs/launch_slurm.md
+    python -m launch.sweep --config=... --root=gs://BUCKET/DIR --backend=tpu ...   # docs/launch_tpu.md
 
 An experiment file's `sweep(add, arguments)` calls `add(name, arguments, overrides)` for each point: what stands behind
 the colon of its own file, and {dotted key: value}. `--config.KEY=VALUE` overrides a key of every point. With
@@ -12,50 +14,29 @@ the colon of its own file, and {dotted key: value}. `--config.KEY=VALUE` overrid
 
 Every point is validated before the first one starts. Each has its workdir ROOT/NAME with, beside the run's own files,
 `point.json` (what was started, how it ended) and `log.txt` (what it printed). A finished point is skipped; one that was
-interrupted is resumed by running `python -m plm.train` again. Exit code 0: every chosen point is finished; 1: one is
-not; 2: bad input.
+interrupted is resumed by running `python -m plm.train` again. Exit code 0: every chosen point is finished (Slurm:
+submitted, unless --wait); 1: one is not; 2: bad input; 130: interrupted.
 """
 
 import contextlib
-import dataclasses
-import fcntl
 import fnmatch
-import json
-import os
 import re
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
+from etils import epath
 
-from launch import local
+from launch import local, slurm, tpu
+from launch.points import RECORD, OnlyOne, Point, Records, read_json, state, table
 from plm.command import run as run_command
 from plm.errors import UserError
 from plm.training import config as configs
-
-TRAIN = (sys.executable, "-m", "plm.train")
-STATES = ("finished", "running", "interrupted", "failed", "waiting")
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """name: of its workdir; spec: FILE.py:arguments; overrides: {dotted key: value or its text}."""
-
-    name: str
-    spec: str
-    overrides: dict[str, Any]
-
-    def flags(self) -> list[str]:
-        return [f"--config={self.spec}", *(configs.as_flag(key, value) for key, value in self.overrides.items())]
-
-    def text(self) -> str:
-        """One line: the name and the flags."""
-        return f"{self.name}: {shlex.join(self.flags())}"
 
 
 def read_points(spec: str, overrides: dict[str, Any] | None = None, seeds: int = 0) -> list[Point]:
@@ -102,122 +83,12 @@ def choose(points: Sequence[Point], only: Sequence[str]) -> list[Point]:
     return [p for p in points if not only or any(fnmatch.fnmatchcase(p.name, pattern) for pattern in only)]
 
 
-# -- what is known of a point: its point.json --------------------------------------------------------------------------
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _alive(pid: int | None, workdir: Path) -> bool:
-    """Whether the process still trains there; another one may have got its number since."""
-    if not pid:
-        return False
-    command = Path(f"/proc/{pid}/cmdline")
-    if Path("/proc/self/cmdline").exists():
-        try:
-            return str(workdir).encode() in command.read_bytes()
-        except OSError:
-            return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def state(workdir: Path) -> str:
-    """One of STATES."""
-    record = _read_json(workdir / "point.json")
-    code = record.get("return_code")
-    if not record:
-        return "waiting"
-    if code is None:
-        return "running" if _alive(record.get("pid"), workdir) else "interrupted"
-    # A signal, or a Ctrl-C, is an interruption and not a failure.
-    return "finished" if code == 0 else "interrupted" if code < 0 or code == 130 else "failed"
-
-
-def progress(workdir: Path) -> dict[str, Any]:
-    """{step, total, loss, tokens_per_second}, as far as the run's files tell."""
-    result: dict[str, Any] = {"total": _read_json(workdir / "config.json").get("total_steps")}
-    try:
-        with (workdir / "metrics.jsonl").open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(file.tell() - 4096, 0))
-            lines = file.read().decode("utf-8", "replace").splitlines()
-    except FileNotFoundError:
-        return result
-    for line in lines:
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue  # torn, or cut by the seek
-        if isinstance(values, dict):
-            result["step"] = values.get("step", result.get("step"))
-            for ours, theirs in (("loss", "train/loss"), ("tokens_per_second", "train/tokens_per_second")):
-                result[ours] = values.get(theirs, result.get(ours))
-    return result
-
-
-def table(points: Sequence[Point], root: Path) -> str:
-    """Name, state, step, loss and speed of every point."""
-    rows = [("point", "state", "step", "loss", "tokens/s")]
-    for point in points:
-        workdir = root / point.name
-        known = progress(workdir)
-        step = "" if known.get("step") is None else f"{known['step']}/{known['total'] or '?'}"
-        loss = known.get("loss")
-        speed = known.get("tokens_per_second")
-        rows.append(
-            (
-                point.name,
-                state(workdir),
-                step,
-                "" if loss is None else f"{loss:.4f}",
-                "" if speed is None else f"{speed:,.0f}",
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
-
-
 # -- running -----------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _only_one(root: Path):
-    """Refuses a second launcher on the same root."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = (root / ".sweep.lock").open("w")
-    except OSError as error:
-        raise UserError(f"--root={str(root)!r} cannot be written: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--root={str(root)!r}: another launch.sweep is at work there") from None
-        yield
-
-
-def _check_same_point(point: Point, workdir: Path, text: str) -> None:
+def _check_same_point(point: Point, workdir: epath.Path, text: str) -> None:
     """Refuses to skip or resume a workdir that was made from another config than the point now has."""
-    before = _read_json(workdir / "point.json").get("config")
+    before = read_json(workdir / RECORD).get("config")
     if before is None or before == text:
         return
     old, new = (dict(line.split(" = ", 1) for line in t.splitlines()) for t in (before, text))
@@ -231,71 +102,155 @@ def _check_same_point(point: Point, workdir: Path, text: str) -> None:
         raise UserError(f"{workdir} was made by another {point.name!r}: {'; '.join(changed)}. Choose another --root")
 
 
-def launch(points: Sequence[Point], root: Path, *, retry: str, workers: int, chosen: Sequence[Point]) -> int:
+def launch(
+    points: Sequence[Point], root: epath.PathLike, *, retry: str, chosen: Sequence[Point], backend: "Backend"
+) -> int:
     """Validates all points, runs the chosen ones that are not finished, returns the exit code."""
-    texts = {}
+    root, texts = epath.Path(root), {}
     for point in points:
         try:
             texts[point.name] = configs.to_text(configs.load(point.spec, point.overrides))
         except UserError as error:
             raise UserError(f"point {point.name!r}: {error}") from error
-    with _only_one(root):
-        todo = []
+    for point in chosen:
+        _check_same_point(point, root / point.name, texts[point.name])
+    again = ("waiting", "interrupted", *(["failed"] if retry == "failed" else []))
+    with OnlyOne(root):
+        jobs = backend.jobs()
+        states = {point.name: state(root / point.name, jobs) for point in chosen}
         for point in chosen:
-            workdir = root / point.name
-            _check_same_point(point, workdir, texts[point.name])
-            now = state(workdir)
-            if now == "running":
-                raise UserError(f"{workdir} is in use by process {_read_json(workdir / 'point.json').get('pid')}")
-            if now in ("waiting", "interrupted") or (now == "failed" and retry == "failed"):
-                todo.append(point)
-        by_name = {point.name: point for point in points}
+            record = read_json(root / point.name / RECORD)
+            if states[point.name] == "running" and record.get("backend") == "local":
+                raise UserError(f"{root / point.name} is in use by process {record.get('pid')}")
+        todo = [point for point in chosen if states[point.name] in again]
+        _watch(backend.run(todo, chosen, Records(root, points, texts)), chosen, root, backend)
+        print(table(chosen, root, backend.jobs()), flush=True)
+    return backend.exit_code([state(root / point.name, backend.jobs()) for point in chosen])
 
-        def record(job: local.Job, **facts) -> None:
-            path = root / job.name / "point.json"
-            point = by_name[job.name]
-            fresh = {"spec": point.spec, "overrides": point.overrides, "config": texts[job.name]}
-            _write_json(path, {**_read_json(path), **fresh, "command": list(job.command), **facts})
 
-        def started(job: local.Job, pid: int) -> None:
-            attempts = _read_json(root / job.name / "point.json").get("attempts", 0) + 1
-            record(job, pid=pid, attempts=attempts, started=time.time(), return_code=None)
+class Backend:
+    """Where points run. A subclass has `run`, and says so if jobs go on after it."""
+
+    def jobs(self):
+        """What `points.state` asks about jobs that a scheduler has; None without one."""
+        return None
+
+    def commands(self, points: Sequence[Point], root: epath.Path) -> list[str]:
+        """For --dry_run: the lines that would be run."""
+        raise NotImplementedError
+
+    def run(self, points: Sequence[Point], chosen: Sequence[Point], records: Records) -> Iterator[None]:
+        """Runs `points`, those of `chosen` that have to be; writes their records, yields often."""
+        raise NotImplementedError
+
+    def exit_code(self, states: Sequence[str]) -> int:
+        """0 if all chosen points are as they should be when the command ends."""
+        return 0 if all(now == "finished" for now in states) else 1
+
+
+class Local(Backend):
+    """`launch.local`: `workers` points at once, `processes` each."""
+
+    def __init__(self, *, workers: int, processes: int = 1, devices: Sequence[str] | None = None, grace: float = 60.0):
+        self.workers, self.processes, self.devices, self.grace = workers, processes, devices, grace
+
+    def _jobs(self, points: Sequence[Point], root: epath.Path) -> list[local.Job]:
+        return [
+            local.Job(
+                point.name,
+                point.command(root),
+                Path(root / point.name / "log.txt"),
+                Path.cwd(),  # relative paths of configs and corpora mean what they mean here
+                self.processes,
+            )
+            for point in points
+        ]
+
+    def commands(self, points: Sequence[Point], root: epath.Path) -> list[str]:
+        return [shlex.join(command) for job in self._jobs(points, root) for command in job.commands()]
+
+    def run(self, points: Sequence[Point], chosen: Sequence[Point], records: Records) -> Iterator[None]:
+        root = records.root
+
+        def started(job: local.Job, pid: int, share: local.Share) -> None:
+            records.started(job.name, "local", pid=pid, on=share.text(), command=list(job.command), started=time.time())
             print(f"started  {job.name}  (log: {job.log})", flush=True)
 
         def ended(job: local.Job, code: int) -> None:
-            record(job, ended=time.time(), return_code=code)
+            records.note(job.name, ended=time.time(), return_code=code)
             print(f"{state(root / job.name):8} {job.name}" + (f"  (exit code {code})" if code else ""), flush=True)
             if code > 0:
                 for line in job.log.read_text(errors="replace").splitlines()[-5:]:
                     print(f"    {line}", flush=True)
 
-        jobs = [
-            local.Job(
-                point.name,
-                (*TRAIN, *point.flags(), f"--workdir={root / point.name}"),
-                root / point.name / "log.txt",
-                Path.cwd(),  # relative paths of configs and corpora mean what they mean here
-            )
-            for point in todo
-        ]
-        _watch(local.run(jobs, workers=workers, on_start=started, on_end=ended), chosen, root)
-    print(table(chosen, root), flush=True)
-    return 0 if all(state(root / point.name) == "finished" for point in chosen) else 1
+        return local.run(
+            self._jobs(points, root),
+            workers=self.workers,
+            on_start=started,
+            on_end=ended,
+            devices=self.devices,
+            grace_seconds=self.grace,
+        )
 
 
-def _watch(steps, points: Sequence[Point], root: Path, every_seconds: float = 30.0) -> None:
+class Slurm(Backend):
+    """`launch.slurm`: one array job, with the command's end or (`wait`) without it."""
+
+    def __init__(self, options: slurm.Options, *, wait: bool):
+        self.options, self.wait = options, wait
+
+    def jobs(self):
+        return slurm.states()
+
+    def commands(self, points: Sequence[Point], root: epath.Path) -> list[str]:
+        script = slurm.script_path(root)
+        return [f"# {script}", slurm.script(points, root, self.options), shlex.join(slurm.submit_command(script))]
+
+    def run(self, points: Sequence[Point], chosen: Sequence[Point], records: Records) -> Iterator[None]:
+        if points:
+            number = slurm.submit(points, records, self.options)
+            print(f"submitted  job {number}, {len(points)} points; --status shows them, scancel {number} ends them")
+        while self.wait and any(
+            state(records.root / point.name, jobs) in ("queued", "running")
+            for jobs in [slurm.states()]
+            for point in chosen
+        ):
+            yield
+            time.sleep(self.options.poll_seconds)
+
+    def exit_code(self, states: Sequence[str]) -> int:
+        good = ("finished",) if self.wait else ("finished", "queued", "running")
+        return 0 if all(now in good for now in states) else 1
+
+
+class Tpu(Backend):
+    """`launch.tpu`: a queued resource for each of `workers` points at once."""
+
+    def __init__(self, options: tpu.Options, *, workers: int):
+        self.options, self.workers = options, workers
+
+    def commands(self, points: Sequence[Point], root: epath.Path) -> list[str]:
+        return [line for point in points for line in tpu.dry_run(point, root, self.options)]
+
+    def run(self, points: Sequence[Point], chosen: Sequence[Point], records: Records) -> Iterator[None]:
+        return tpu.run(points, records, self.options, workers=self.workers)
+
+
+def _watch(
+    steps: Iterator[None], points: Sequence[Point], root: epath.Path, backend: "Backend", every_seconds: float = 30.0
+) -> None:
     """Draws the table again and again while the jobs run: in place on a terminal, now and then elsewhere."""
     live, last, shown = sys.stdout.isatty(), time.monotonic(), 0.0
     with contextlib.closing(steps):
         for _ in steps:
             now = time.monotonic()
             if live and now - shown >= 2.0:
-                text = table(points, root)
+                text = table(points, root, backend.jobs())
                 # Down from here, then the cursor goes back, so that messages in between are written over the table.
                 print("\x1b[J" + text + f"\x1b[{text.count(chr(10))}A\r", end="", flush=True)
                 shown = now
             elif not live and now - last >= every_seconds:
-                print(table(points, root), flush=True)
+                print(table(points, root, backend.jobs()), flush=True)
                 last = now
     if live:
         print("\x1b[J", end="", flush=True)
@@ -307,32 +262,60 @@ _FLAGS = flags.FLAGS
 
 def define_flags() -> configs.ConfigFlags:
     """The command's flags."""
-    flags.DEFINE_string("root", None, "folder of the sweep: a workdir for each point")
-    flags.DEFINE_enum("backend", "local", ["local"], "where points run")
+    flags.DEFINE_string("root", None, "folder of the sweep, a workdir for each point; gs:// for --backend=tpu")
+    flags.DEFINE_enum("backend", "local", ["local", "slurm", "tpu"], "where points run")
     flags.DEFINE_integer("seeds", 0, "seeds for each point; 0 = the one of its config", lower_bound=0)
     flags.DEFINE_list("only", [], "names or patterns of the points to run or show")
     flags.DEFINE_enum("retry", "none", ["none", "failed"], "failed: points that failed run again")
-    flags.DEFINE_integer("workers", 1, "points that run at once, each with its share of the cores", lower_bound=1)
-    flags.DEFINE_bool("dry_run", False, "prints the commands and runs nothing")
+    flags.DEFINE_integer("workers", 1, "points that run at once", lower_bound=1)
+    flags.DEFINE_integer("processes", 1, "local and slurm: processes for each point", lower_bound=1)
+    flags.DEFINE_list(
+        "devices", None, "local: numbers of the CUDA devices that the workers share out; all see all without"
+    )
+    flags.DEFINE_integer(
+        "grace_seconds", 120, "what a point that is told to stop has for its checkpoint", lower_bound=1
+    )
+    flags.DEFINE_bool("dry_run", False, "prints what would be run and runs nothing")
     flags.DEFINE_bool("status", False, "prints the table and runs nothing")
+    slurm.define_flags()
+    tpu.define_flags()
     return configs.define_flags()
+
+
+def backend_of(values: flags.FlagValues) -> Backend:
+    """Where the flags say; a flag of another backend is refused."""
+    own = {"local": {"devices", "processes"}, "slurm": {*slurm.FLAGS, "processes"}, "tpu": set(tpu.FLAGS)}
+    allowed = own[values.backend]
+    for name in sorted(set().union(*own.values()) - allowed):
+        if values[name].present:
+            raise UserError(f"--{name} is not for --backend={values.backend}")
+    if values.backend != "tpu" and "://" in values.root:
+        raise UserError(f"--root={values.root!r} is not on a file system; --backend={values.backend} needs a folder")
+    if values.backend == "slurm":
+        options = slurm.Options.of(values)
+        return Slurm(options, wait=values.wait)
+    if values.backend == "tpu":
+        return Tpu(tpu.Options.of(values), workers=values.workers)
+    return Local(workers=values.workers, processes=values.processes, devices=values.devices, grace=values.grace_seconds)
 
 
 def main() -> int:
     """The command; returns its exit code."""
     points = read_points(_CONFIG.spec, _CONFIG.overrides, _FLAGS.seeds)
-    chosen, root = choose(points, _FLAGS.only), Path(_FLAGS.root).expanduser().resolve()
+    chosen, backend = choose(points, _FLAGS.only), backend_of(_FLAGS)
+    root = epath.Path(_FLAGS.root if "://" in _FLAGS.root else Path(_FLAGS.root).expanduser().resolve())
     if _FLAGS.status:
-        print(table(chosen, root))
-        return 0 if all(state(root / point.name) == "finished" for point in chosen) else 1
+        jobs = backend.jobs()
+        print(table(chosen, root, jobs))
+        return 0 if all(state(root / point.name, jobs) == "finished" for point in chosen) else 1
     if _FLAGS.dry_run:
         for point in chosen:
             configs.load(point.spec, point.overrides)
-            print(shlex.join([*TRAIN, *point.flags(), f"--workdir={root / point.name}"]))
+        print("\n".join(backend.commands(chosen, root)))
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end the points' processes, too
     try:
-        return launch(points, root, retry=_FLAGS.retry, workers=_FLAGS.workers, chosen=chosen)
+        return launch(points, root, retry=_FLAGS.retry, chosen=chosen, backend=backend)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130

@@ -8,6 +8,7 @@ from absl import app, flags, logging
 from plm.errors import UserError
 
 BAD_INPUT = 2
+INTERRUPTED = 75  # sysexits.h: EX_TEMPFAIL. A run that was told to stop and saved itself: start it again.
 
 
 def complain(message: object) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import local, sweep
+from launch import local, points, sweep
 from plm.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -52,6 +52,8 @@ def trainer(tmp_path, monkeypatch):
             (workdir / "metrics.jsonl").write_text('{"step": 7, "train/loss": 1.5}' + chr(10) + '{"step": 8, "tr')
             if hasattr(os, "sched_getaffinity"):
                 (workdir / "cores").write_text(str(len(os.sched_getaffinity(0))))
+            index = next((a[13:] for a in sys.argv if a.startswith("--process_id=")), "0")
+            (workdir / f"devices.{index}").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
             if (workdir / "hang").exists():
                 time.sleep(60)
             if (workdir / "fail").exists():
@@ -60,7 +62,7 @@ def trainer(tmp_path, monkeypatch):
             """
         )
     )
-    monkeypatch.setattr(sweep, "TRAIN", (sys.executable, str(script)))
+    monkeypatch.setattr(points, "TRAIN", (sys.executable, str(script)))
 
 
 def calls(workdir: Path) -> list[str]:
@@ -68,9 +70,12 @@ def calls(workdir: Path) -> list[str]:
 
 
 def launch(experiment, root, **options):
-    points = sweep.read_points(experiment, options.pop("overrides", {}))
-    chosen = sweep.choose(points, options.pop("only", []))
-    return sweep.launch(points, root, **{"retry": "none", "workers": 2} | options, chosen=chosen)
+    found = sweep.read_points(experiment, options.pop("overrides", {}))
+    chosen = sweep.choose(found, options.pop("only", []))
+    backend = sweep.Local(
+        workers=2, **{name: options.pop(name) for name in ("processes", "devices") if name in options}
+    )
+    return sweep.launch(found, root, **{"retry": "none"} | options, chosen=chosen, backend=backend)
 
 
 def test_runs_all_then_skips_the_finished(experiment, trainer, tmp_path, capsys):
@@ -128,6 +133,29 @@ def test_closing_the_pool_ends_its_processes(experiment, trainer, tmp_path):
     assert time.monotonic() - start < 5
 
 
+def test_the_processes_of_a_point_share_what_it_got(experiment, trainer, tmp_path):
+    root = tmp_path / "root"
+    assert launch(experiment, root, only=["a"], processes=2, devices=["4", "5", "6", "7"]) == 0
+    first, second = sorted(calls(root / "a"), key=lambda call: call[-1])
+    assert first.endswith("--num_processes=2 --process_id=0")
+    assert second == first[:-1] + "1", "the same port for both"
+    assert {(root / "a" / f"devices.{index}").read_text() for index in range(2)} == {"4", "5"}
+    assert json.loads((root / "a" / "point.json").read_text())["on"].endswith("devices 4,5")
+    assert (root / "a" / "log.1.txt").exists()
+
+
+def test_a_stop_that_saved_is_an_interruption(tmp_path):
+    for code, expected in (
+        (0, "finished"),
+        (75, "interrupted"),
+        (130, "interrupted"),
+        (137, "interrupted"),
+        (1, "failed"),
+    ):
+        (tmp_path / "point.json").write_text(json.dumps({"return_code": code}))
+        assert points.state(tmp_path) == expected, code
+
+
 def test_all_points_are_validated_before_one_starts(experiment, trainer, tmp_path):
     root = tmp_path / "root"
     with pytest.raises(
@@ -170,9 +198,13 @@ def test_seeds_make_a_point_each(experiment):
 
 
 def test_every_worker_gets_its_share_of_the_cores():
-    assert local.shares([0, 1, 2, 5], 2) == [[0, 1], [2, 5]]
-    assert local.shares([0, 1, 2], 2) == [[0, 1], [2]]
-    assert local.shares([0, 1], 3) == [[0], [1], [0]]
+    assert [share.cores for share in local.shares([0, 1, 2, 5], None, 2)] == [(0, 1), (2, 5)]
+    assert [share.cores for share in local.shares([0, 1, 2], None, 2)] == [(0, 1), (2,)]
+    assert [share.cores for share in local.shares([0, 1], None, 3)] == [(0,), (1,), (0,)]
+    both = local.shares([0, 1], ["0", "1", "2", "3"], 2)
+    assert [share.devices for share in both] == [("0", "1"), ("2", "3")]
+    assert [part.devices for part in both[1].split(2)] == [("2",), ("3",)]
+    assert both[1].text() == "core 1; devices 2,3"
 
 
 def test_commands(experiment, tmp_path):

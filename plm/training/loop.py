@@ -24,6 +24,7 @@ from plm.models.graph import ModelGraph, build
 from plm.training import checkpoint, optimizer, sharding
 from plm.training import config as configs
 from plm.training.objectives import HOST_ONLY, Draw, make_objectives
+from plm.training.preemption import Notice, Preempted
 from plm.training.record import CONFIG, TOKENIZER, Record
 from plm.training.start import open_source
 from plm.training.start import start as start_of
@@ -242,7 +243,8 @@ def train(config, workdir: epath.PathLike) -> dict[str, float]:
             lineage = source.lineage() if source else None
             record.begin(start, corpus=corpus, graph=graph, batches=batches, mesh=mesh, starts_from=lineage)
             try:
-                return _run(config, state, start, train_step, evaluator, batches, saved, record)
+                with Notice(mesh) as notice:
+                    return _run(config, state, start, train_step, evaluator, batches, saved, record, notice)
             except Exception as error:
                 record.fail(error)
                 raise
@@ -264,7 +266,7 @@ def _due(step: int, every: int, last: int) -> bool:
     return step == last or bool(every and step % every == 0)
 
 
-def _run(config, state, start, train_step, evaluator, batches, saved, record) -> dict[str, float]:
+def _run(config, state, start, train_step, evaluator, batches, saved, record, notice) -> dict[str, float]:
     """Steps start .. total_steps. The numbers of a step are fetched while the next one runs."""
     total, values = config.total_steps, {}
     stream = batches.iterate(start, total)
@@ -285,10 +287,15 @@ def _run(config, state, start, train_step, evaluator, batches, saved, record) ->
             )
 
     for step in range(start, total + 1):
-        if step == total or saved.due(step):
+        stops = step < total and notice.stops_here()
+        if step == total or stops or saved.due(step):
             # First the lines, which no resumed run will make again, and up to here: one of its means starts here.
             report(line=True)
-            saved.save(state, step, force=step == total)
+            saved.save(state, step, force=step == total or stops)
+        if stops:
+            saved.wait()
+            record.interrupted(step)
+            raise Preempted(step)
         due = evaluator is not None and _due(step, config.eval.every_steps, total)
         if due and (step > start or (step > 0 and not record.has_evaluated)):
             report()

@@ -246,6 +246,15 @@ class Record:
         self.close()
         self.say(f"complete after {step:,} steps: {self.workdir}")
 
+    def interrupted(self, step: int) -> None:
+        """Notes that the run was told to stop after `step`, which is saved."""
+        if step > self.start:
+            self._update(step)
+        self.run.facts |= {"status": "interrupted"}
+        self.run._write()
+        self.close()
+        self.say(f"interrupted after step {step:,} of {self.config.total_steps:,}, which is saved: {self.workdir}")
+
     def fail(self, error: BaseException) -> None:
         """Notes why the run ended before its time."""
         self.run.facts |= {"status": "failed", "error": " ".join(str(error).split()) or type(error).__name__}

@@ -1,0 +1,132 @@
+"""The array job's script, with stand-ins for Slurm's commands; a real Slurm has tests/test_slurm.py."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from etils import epath
+
+from launch import points, slurm, sweep
+from plm.errors import UserError
+
+CONFIG = "experiments/compare.py:tiny"
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do [[ $1 == --output=* ]] && output=${1#--output=}; shift; done
+exec "$@" > "${output//%t/0}" 2>&1
+"""
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """A folder at the front of PATH with sbatch, squeue, scontrol, srun, which note their calls in the file `calls`."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    note = f'echo "$(basename "$0") $*" >> {tmp_path}/calls\n'
+    for name, text in {
+        "sbatch": f"#!/bin/bash\n{note}echo 77",
+        "squeue": f"#!/bin/bash\ncat {tmp_path}/queue",
+        "scontrol": f"#!/bin/bash\n{note}",
+        "srun": SRUN,
+    }.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    (tmp_path / "queue").write_text("77_0 PENDING\n77_1 RUNNING\n9 CANCELLED\n")
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    return tmp_path
+
+
+@pytest.fixture
+def trainer(tmp_path, monkeypatch):
+    """Stands for `python -m plm.train`: prints its flags and leaves with the code in its workdir's file `fate`."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import pathlib, sys
+            workdir = pathlib.Path(sys.argv[-1].removeprefix("--workdir="))
+            print(sys.argv[1:])
+            sys.exit(int((workdir / "fate").read_text()))
+            """
+        )
+    )
+    monkeypatch.setattr(points, "TRAIN", (sys.executable, str(script)))
+
+
+def sweep_of(root, **options):
+    found = [points.Point(name, CONFIG, {"optimizer.peak_lr": rate}) for name, rate in (("a", 1e-3), ("b", 2e-3))]
+    backend = sweep.Slurm(slurm.Options(processes=2, workers=2, sbatch=("--partition=gpu",), **options), wait=False)
+    return sweep.launch(found, root, retry="none", chosen=found, backend=backend)
+
+
+def run_task(root, index: int, fate: int) -> int:
+    script = root / "slurm" / "1.sh"
+    (root / "ab"[index] / "fate").write_text(str(fate))
+    environment = {"SLURM_ARRAY_TASK_ID": str(index), "SLURM_JOB_ID": "78"}
+    return subprocess.run(["bash", str(script)], env=os.environ | environment, check=False).returncode
+
+
+def test_submitting(commands, trainer, tmp_path):
+    root = tmp_path / "a root"
+    assert sweep_of(root) == 0
+    script = root / "slurm" / "1.sh"
+    assert (tmp_path / "calls").read_text() == f"sbatch --parsable {script}\n"
+    directives = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
+    assert {"#SBATCH --array=0-1%2", "#SBATCH --ntasks=2", "#SBATCH --requeue", "#SBATCH --signal=USR1@120"} < {
+        *directives
+    }
+    assert directives[-1] == "#SBATCH --partition=gpu", "the user's word is the last"
+    assert [points.state(root / name, slurm.states()) for name in "ab"] == ["queued", "running"]
+    table = points.table([points.Point(name, CONFIG, {}) for name in "ab"], root, slurm.states())
+    assert [line.split()[-2:] for line in table.splitlines()[1:]] == [["job", "77_0"], ["job", "77_1"]]
+    sweep_of(root)
+    assert len((tmp_path / "calls").read_text().splitlines()) == 1, "nothing is submitted twice"
+
+
+@pytest.mark.parametrize(
+    ("fate", "requeued", "state"),
+    [(0, False, "finished"), (2, False, "failed"), (75, True, "queued"), (143, False, "")],
+)
+def test_how_a_task_ends(fate, requeued, state, commands, trainer, tmp_path):
+    root = epath.Path(tmp_path / "root")
+    sweep_of(root)
+    assert run_task(tmp_path / "root", 0, fate) == fate
+    log = (root / "a" / "log.0.txt").read_text()
+    assert f"--config={CONFIG}" in log
+    assert "--config.optimizer.peak_lr=0.001" in log
+    assert ("scontrol requeue 78" in (tmp_path / "calls").read_text()) == requeued
+    assert points.state(root / "a", slurm.states()) == (state or "interrupted")
+
+
+def test_a_job_that_slurm_forgot_was_interrupted_and_is_submitted_again(commands, trainer, tmp_path):
+    root = tmp_path / "root"
+    sweep_of(root)
+    (tmp_path / "queue").write_text("")
+    assert points.state(root / "a", slurm.states()) == "interrupted"
+    (root / "b" / "return_code").write_text("0\n")
+    sweep_of(root)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == 2
+    assert "--array=0-0%2" in (root / "slurm" / "2.sh").read_text()
+    assert json.loads((root / "a" / "point.json").read_text())["attempts"] == 2
+
+
+def test_without_slurm_one_line_says_so(trainer, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match="squeue is not on this machine's PATH"):
+        sweep_of(tmp_path / "root")
+
+
+def test_waiting_ends_when_nothing_is_queued_or_running(commands, trainer, tmp_path):
+    root = tmp_path / "root"
+    sweep_of(root)
+    found = [points.Point(name, CONFIG, {"optimizer.peak_lr": rate}) for name, rate in (("a", 1e-3), ("b", 2e-3))]
+    waiting = sweep.Slurm(slurm.Options(poll_seconds=0.05), wait=True).run([], found, points.Records(root, found, {}))
+    for _ in range(3):
+        next(waiting)
+    (root / "a" / "return_code").write_text("0\n")
+    next(waiting)
+    (root / "b" / "return_code").write_text("1\n")
+    assert list(waiting) == []

@@ -119,6 +119,20 @@ class Batches:
             placed["shared"] = everywhere
         return placed
 
+    def abstract(self, mesh: jax.sharding.Mesh) -> dict:
+        """What `place` gives, as `jax.ShapeDtypeStruct`s on a mesh whose devices need not be there.
+
+        The rows must all be this process's. `shared/words` has the largest of its declared sizes.
+        """
+        batch = self.local(0)
+        shared = batch.pop("shared", {})
+        if "words" in shared:
+            tokens = sum(batch[name].size for _, name in _INPUTS.values() if name in batch)
+            shared["words"] = np.broadcast_to(shared["words"][:1], (tokens, MAX_CHARACTERS))
+        like = lambda spec: lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
+        rows = {name: like(ROWS)(array) for name, array in batch.items()}
+        return rows | ({"shared": jax.tree.map(like(PartitionSpec()), shared)} if shared else {})
+
     def __call__(self, step: int) -> dict:
         """The placed batch of `step`."""
         return self.place(self.local(step))

@@ -9,70 +9,21 @@ import math
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
 from plm import weights
 from plm.data.pipeline import Batches, Corpus, open_corpus
-from plm.data.pretrain import make_layout
 from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
-from plm.models.graph import ModelGraph, build
-from plm.training import checkpoint, optimizer, sharding
+from plm.models.graph import ModelGraph
+from plm.training import checkpoint, sharding
 from plm.training import config as configs
-from plm.training.objectives import HOST_ONLY, Draw, make_objectives
+from plm.training.objectives import make_objectives
+from plm.training.program import carries, fresh_carry, make_batches, make_program
 from plm.training.record import CONFIG, TOKENIZER, Record
-from plm.training.step import TrainState, make_eval_step, make_train_step, new_state
-
-EVAL_SEED = 0  # held-out masks and pairs are the same for every run, whatever its seed
-CARRIED_LAYOUTS = ("lanes",)
-
-
-def _layout(config, corpus: Corpus, mode: str, batch_size: int, seed: int):
-    name = config.data.layout
-    return make_layout(
-        name,
-        corpus.train if mode == "train" else corpus.valid,
-        corpus.tokenizer,
-        seq_len=config.seq_len,
-        batch_size=batch_size,
-        seed=seed,
-        settings=config.data.own if configs.is_outside(name) else config.data[name],
-        mode=mode,
-    )
-
-
-def make_batches(config, corpus: Corpus, mode: str, mesh) -> Batches:
-    """Training or held-out batches of a config on a mesh. mode: "train" | "eval"."""
-    evaluation = mode == "eval"
-    batch_size = (config.eval.batch_size or config.batch_size) if evaluation else config.batch_size
-    seed = EVAL_SEED if evaluation else config.seeds.data
-    split = corpus.valid if evaluation else corpus.train
-    objectives, _ = make_objectives(config, corpus.tokenizer, evaluation=evaluation)
-    return Batches(
-        _layout(config, corpus, mode, batch_size, seed),
-        objectives,
-        batch_size=batch_size,
-        draw=lambda step, rows: Draw(seed, step, rows, mode),
-        mesh=mesh,
-        characters=split.character_rows if config.model.get("input") == "characters" else None,
-        # Shared by a batch, words would be encoded anew for each microbatch.
-        distinct_words=config.microbatches == 1 or evaluation,
-        target_id=corpus.tokenizer.target_id,
-        host_only=HOST_ONLY,
-    )
-
-
-def compute_dtype(config) -> jnp.dtype:
-    """Of activations and products; parameters, optimizer, softmax, LayerNorm and loss are always float32."""
-    return jnp.bfloat16 if config.precision.compute == "bfloat16" else jnp.float32
-
-
-def carries(config, layout) -> bool:
-    """Whether row i of a batch continues row i of the batch before; a layout from outside says so itself."""
-    return config.data.layout in CARRIED_LAYOUTS or bool(getattr(layout, "continues_rows", False))
+from plm.training.step import TrainState, make_eval_step
 
 
 @dataclasses.dataclass
@@ -90,14 +41,8 @@ class Evaluator:
         self.step = make_eval_step(self.graph.bind, self.objectives)
         steps = self.batches.layout.steps
         self.steps = min(steps, self.limit) if self.limit else steps
-        rows = self.batches.row_sharding
-        size = self.batches.batch_size
-
-        def fresh(params):
-            return self.graph.bind(params).initial_carry(size) if self.carried else {}
-
-        shapes = jax.eval_shape(fresh, self.graph.shapes())
-        self.fresh = jax.jit(fresh, out_shardings=jax.tree.map(lambda _: rows, shapes))
+        batches = self.batches
+        self.fresh, _ = fresh_carry(self.graph, batches.batch_size, self.carried, batches.row_sharding)
 
     def __call__(self, params, progress=None) -> dict[str, float]:
         """{eval/name: value}: weighted means of every name, loss, perplexities of next-token losses, targets."""
@@ -122,22 +67,6 @@ class Evaluator:
             values[f"eval/{name}_perplexity"] = math.exp(min(means[name], 700.0))
             values[f"eval/{name}_targets"] = float(sums[name][1])
         return values
-
-
-def _state_and_shardings(config, graph: ModelGraph, tx, mesh, carried: bool):
-    """(function that makes the first state on its devices, its abstract value with shardings, messages)."""
-
-    def create(key) -> TrainState:
-        params = graph.init(key)
-        carry = graph.bind(params).initial_carry(config.batch_size) if carried else {}
-        return new_state(params, tx, carry)
-
-    key = jax.random.key(config.seeds.init)
-    abstract = jax.eval_shape(create, key)
-    specs, messages = sharding.partition_specs(abstract, mesh, rules=graph.sharding_rules)
-    shardings = sharding.shardings(specs, mesh)
-    like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
-    return lambda: jax.jit(create, out_shardings=shardings)(key), like, messages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,29 +169,17 @@ def train(config, workdir: epath.PathLike) -> dict[str, float]:
     record.refuse_another_config(corpus)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("plm: every process has read the workdir")
-    objectives, coefficients = make_objectives(config, corpus.tokenizer)
-    names = tuple(objective.name for objective in objectives)
-    graph = build(config, corpus.tokenizer.size, names, compute_dtype(config))
-    tx = optimizer.make_optimizer(config.optimizer, graph.shapes(), config.optimizer.schedule_steps)
-    carried = carries(config, batches.layout)
     with jax.set_mesh(mesh):
-        fresh, like, messages = _state_and_shardings(config, graph, tx, mesh, carried)
-        for message in messages:
+        program = make_program(config, corpus.tokenizer, mesh, carries(config, batches.layout))
+        graph = program.graph
+        for message in program.messages:
             record.say(message)
-        train_step = make_train_step(
-            graph.bind,
-            objectives,
-            coefficients,
-            tx,
-            microbatches=config.microbatches,
-            seed=config.seeds.init,
-            shardings=jax.tree.map(lambda leaf: leaf.sharding, like),
-        )
         evaluator = None
         if corpus.valid.n_tokens:
             held_out = make_batches(config, corpus, "eval", mesh)
             scored, scored_coefficients = make_objectives(config, corpus.tokenizer, evaluation=True)
-            evaluator = Evaluator(graph, held_out, scored, scored_coefficients, config.eval.batches, carried)
+            limit = config.eval.batches
+            evaluator = Evaluator(graph, held_out, scored, scored_coefficients, limit, program.carried)
         else:
             record.say(
                 "no document is held out, so nothing will be evaluated: give data.valid_source, more documents or"
@@ -274,14 +191,14 @@ def train(config, workdir: epath.PathLike) -> dict[str, float]:
             keep_at=config.checkpoint.keep_at,
             every_steps=config.checkpoint.every_steps,
         ) as saved:
-            state = _start(config, corpus, graph, source, fresh, like, saved, record.say)
+            state = _start(config, corpus, graph, source, program.fresh, program.like, saved, record.say)
             start = int(state.step)
             if start >= config.total_steps and record.run.facts.get("status") == "complete":
                 record.say(f"already complete after {start:,} steps: {workdir}")
                 return {}
             record.begin(start, corpus=corpus, graph=graph, batches=batches, mesh=mesh)
             try:
-                return _run(config, state, start, train_step, evaluator, batches, saved, record)
+                return _run(config, state, start, program.step, evaluator, batches, saved, record)
             except Exception as error:
                 record.fail(error)
                 raise

@@ -118,11 +118,8 @@ def _tokenizer(kind: str, size: int, path: str, lowercase: bool) -> Tokenizer:
 def _resolved(config, corpus_tokens: int, platform: str):
     """(config with everything said, its steps or None): the length of a run of epochs needs the corpus' tokens."""
     unknown = config.total_epochs is not None and not corpus_tokens
-    rows = (
-        corpus_tokens / config.seq_len
-        if corpus_tokens
-        else UNKNOWN_STEPS * config.batch_size / (config.total_epochs or 1)
-    )
+    epochs = config.total_epochs or 1
+    rows = corpus_tokens / config.seq_len if corpus_tokens else UNKNOWN_STEPS * config.batch_size / epochs
     resolved = configs.resolve(config, examples_per_epoch=rows, platform=platform)
     return resolved, None if unknown else resolved.total_steps
 
@@ -363,21 +360,25 @@ def _warnings(plan: Plan, setup: _Setup) -> list[str]:
         lines.append("shared/words is planned at its largest: as if every token of a batch were another word")
     if plan.steps is None:
         lines.append(
-            f"the run is total_epochs={config.total_epochs:g} of a corpus of unknown size: --corpus_tokens tells its"
-            " length and cost"
+            "the run's length is in epochs of a corpus of unknown size: --corpus_tokens=TOKENS tells its hours and cost"
         )
     return lines
 
 
 def _replicated(plan: Plan, config, mesh) -> Iterator[str]:
-    """Activations with the rows of the whole batch on one chip, where rows are split over chips."""
+    """Activations with the rows of the whole batch on one chip, where rows are split over chips.
+
+    Told by their sizes, so a width that equals the batch's could pass for it: what has a chip's own rows is left out.
+    """
     if sharding.row_shards(mesh) == 1:
         return
     B, T = config.batch_size // config.microbatches, config.seq_len
+    own = B // sharding.row_shards(mesh)
     for buffer in plan.buffers:
         sides = buffer.dimensions
         whole = B * T in sides or any({a, b} == {B, T} and a != b for a, b in itertools.pairwise(sides))
-        if whole and buffer.bytes >= LARGE:
+        has_own_rows = own > 1 and own in sides
+        if whole and not has_own_rows and buffer.bytes >= LARGE and re.match(r"b?f\d", buffer.shape):
             yield f"the whole batch on every chip: {buffer.shape}, {gib(buffer.bytes)}, of {buffer.where}"
 
 

@@ -146,8 +146,8 @@ def test_a_plan_counts_what_a_chip_holds():
     assert plan.memory.free + plan.memory.peak == int(0.95 * 80 * 2**30) == int(CHIPS["NVIDIA H100 80GB HBM3"].memory)
     assert plan.collectives is None
     costs = text.cost(plan, 0.5, 3.0)
-    assert costs.step_seconds == pytest.approx(plan.flops / (989.4e12 * 0.5))
-    assert costs.price == pytest.approx(3.0 * costs.step_seconds * 50 / 3600)
+    assert costs.compute_seconds == pytest.approx(plan.flops / (989.4e12 * 0.5))
+    assert costs.price == pytest.approx(3.0 * costs.compute_seconds * 50 / 3600)
     shown = text.to_text(plan, costs, [])
     assert "FITS" in shown
     assert "estimate" in shown

@@ -10,11 +10,12 @@ from plm.training.chips import peak_flops
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of the whole run at a stated part of the chips' peak; dollars None without a price, all None where the length or
-    the peak is not known."""
+    """Of the whole run. compute_seconds: of a step at the stated part of the chips' peak; link_seconds: the least that
+    its collectives need of the links between chips; a step is taken to last the longer of the two. None: not known."""
 
     utilisation: float
-    step_seconds: float | None
+    compute_seconds: float | None
+    link_seconds: float | None
     hours: float | None
     chip_hours: float | None
     price: float | None
@@ -22,15 +23,33 @@ class Cost:
 
 def cost(plan: Plan, utilisation: float, price_per_chip_hour: float) -> Cost:
     """flops / (chips x peak x utilisation) seconds a step; the price of a chip's hour in any currency."""
-    peak = peak_flops(plan.topology.kind, plan.compute)
+    peak, links = peak_flops(plan.topology.kind, plan.compute), plan.topology.chip.links
+    moved = None
+    if plan.collectives is not None and links:
+        # To add up over a ring, every byte travels twice.
+        moved = sum(c.bytes * c.times * (2 if c.kind == "all-reduce" else 1) for c in plan.collectives) / links
     if plan.flops is None or peak is None:
-        return Cost(utilisation, None, None, None, None)
+        return Cost(utilisation, None, moved, None, None, None)
     seconds = plan.flops / (plan.topology.count * peak * utilisation)
     if plan.steps is None:
-        return Cost(utilisation, seconds, None, None, None)
-    hours = seconds * plan.steps / 3600
+        return Cost(utilisation, seconds, moved, None, None, None)
+    hours = max(seconds, moved or 0.0) * plan.steps / 3600
     chip_hours = hours * plan.topology.count
-    return Cost(utilisation, seconds, hours, chip_hours, chip_hours * price_per_chip_hour or None)
+    return Cost(utilisation, seconds, moved, hours, chip_hours, chip_hours * price_per_chip_hour or None)
+
+
+def _time(plan: Plan, costs: Cost) -> list[str]:
+    if costs.compute_seconds is None:
+        return []
+    lines = [f"at {costs.utilisation:.0%} of the peak: {costs.compute_seconds:.3g} s a step"]
+    if costs.link_seconds is not None:
+        lines[0] += f"; its collectives need at least {costs.link_seconds:.3g} s of the links"
+        if costs.link_seconds > costs.compute_seconds:
+            lines.append("the links are the limit: this utilisation cannot be reached on this mesh with this batch")
+    if costs.hours is not None:
+        price = f", price {costs.price:,.0f}" if costs.price is not None else ""
+        lines.append(f"{plan.steps:,} steps: {costs.hours:,.1f} h, {costs.chip_hours:,.0f} chip hours{price}")
+    return lines
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -90,11 +109,7 @@ def to_text(plan: Plan, costs: Cost, tried: Sequence[Attempt]) -> str:
             f"FLOPs by formula: {plan.flops:.3e} a step, {plan.flops / plan.tokens_per_step:.3e} a token,"
             f" {plan.flops / plan.topology.count:.3e} a step and chip"
         )
-    if costs.step_seconds is not None:
-        line = f"at {costs.utilisation:.0%} of the peak: {costs.step_seconds:.3g} s a step"
-        if costs.hours is not None:
-            line += f"; {plan.steps:,} steps in {costs.hours:,.1f} h, {costs.chip_hours:,.0f} chip hours"
-        lines.append(line + (f", price {costs.price:,.0f}" if costs.price is not None else ""))
+    lines += _time(plan, costs)
     if plan.collectives is not None:
         lines += ["", "collectives of a step, as one chip takes part in them"]
         rows = [[kind, f"{n:,}", gib(size), ""] for kind, n, size in _by_kind(plan)] or [["none", "", "", ""]]

@@ -12,6 +12,12 @@ from plm.training.chips import CHIPS, Chip, chip
 
 TPUS = ("v4", "v5e", "v5p", "v6e")
 # JAX shows a v4 chip's two cores as one device; its description shows two unless told.
+_SETTINGS = {
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 _OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 
 
@@ -58,9 +64,9 @@ def _tpu(name: str, generation: str, shape: str) -> list:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"--topology={name}: compiling for a TPU needs its compiler: pip install 'plm[plan]'")
     # libtpu asks the cloud's metadata server who it is, unless told; any single host will do for compiling.
-    for variable, value in (("TPU_WORKER_HOSTNAMES", "localhost"), ("TPU_SKIP_MDS_QUERY", "1")):
+    # It also lets one process in at a time, for the sake of a chip that is not opened here.
+    for variable, value in _SETTINGS.items():
         os.environ.setdefault(variable, value)
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     import jax
     from jax.experimental import topologies
 
@@ -78,4 +84,6 @@ def _tpu(name: str, generation: str, shape: str) -> list:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"--topology={name!r} is no slice that the TPU compiler knows ({error})") from None
+        if "INVALID_ARGUMENT" in str(error):
+            raise UserError(f"--topology={name!r} is no slice that the TPU compiler knows ({error})") from None
+        raise UserError(f"--topology={name}: the TPU compiler does not start ({error})") from None

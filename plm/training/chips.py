@@ -8,10 +8,13 @@ GIB = 2**30
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """flops: dense bfloat16 operations a second (a multiply-add is two). memory: bytes that programs may use: what the
-    TPU compiler says of a chip; of a GPU its size less 5% for the driver, the libraries and fragmentation."""
+    TPU compiler says of a chip; of a GPU its size less 5% for the driver, the libraries and fragmentation. links: bytes
+    a second that all of a TPU's links to its neighbours carry together; None where it hangs on how devices are joined.
+    """
 
     flops: float
     memory: float
+    links: float | None = None
 
 
 _A100, _A100_80 = Chip(312e12, 0.95 * 40 * GIB), Chip(312e12, 0.95 * 80 * GIB)
@@ -19,13 +22,13 @@ _H100 = Chip(989.4e12, 0.95 * 80 * GIB)
 
 # The key is what JAX calls the device (`device_kind`), or its beginning up to the memory size.
 CHIPS = {
-    "TPU v4": Chip(275e12, 30.75 * GIB),
-    "TPU v5 lite": Chip(197e12, 15.75 * GIB),
-    "TPU v5e": Chip(197e12, 15.75 * GIB),
-    "TPU v5": Chip(459e12, 95.74 * GIB),
-    "TPU v5p": Chip(459e12, 95.74 * GIB),
-    "TPU v6 lite": Chip(918e12, 31.25 * GIB),
-    "TPU v6e": Chip(918e12, 31.25 * GIB),
+    "TPU v4": Chip(275e12, 30.75 * GIB, 300e9),
+    "TPU v5 lite": Chip(197e12, 15.75 * GIB, 200e9),
+    "TPU v5e": Chip(197e12, 15.75 * GIB, 200e9),
+    "TPU v5": Chip(459e12, 95.74 * GIB, 600e9),
+    "TPU v5p": Chip(459e12, 95.74 * GIB, 600e9),
+    "TPU v6 lite": Chip(918e12, 31.25 * GIB, 448e9),
+    "TPU v6e": Chip(918e12, 31.25 * GIB, 448e9),
     "NVIDIA A100-SXM4": _A100,
     "NVIDIA A100-SXM4-80GB": _A100_80,
     "NVIDIA A100-PCIE": _A100,

@@ -5,12 +5,14 @@
 #   make test        lint and all tests but the slow ones; make test-full runs the slow ones too; ARGS='-k masked' chooses
 #   make test-slurm  a sweep on a real Slurm, which it installs (Debian, Ubuntu; as root) and runs on this machine
 #   make bench       a training step of each model, and embedding texts, beside the same mathematics in PyTorch
+#   make bench-scaling   a step of 1, 2, 4 and 8 devices and processes, the work of each the same
+#   make test-plan   the papers' models planned by the TPU's compiler (.venv-plan; minutes each)
 #   make parity      the same weights in Transformers and here, both ways (.venv-peers)
 #   make lint        ruff; make format mends what it can
 #   make clean       removes caches; make distclean the environments too; neither touches runs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full test-slurm bench parity lint format clean distclean
+.PHONY: help setup demo test test-full test-slurm test-plan bench bench-scaling parity lint format clean distclean
 .SUFFIXES:
 
 # An environment that is there keeps its Python until PYTHON asks for another.
@@ -23,6 +25,7 @@ SUITES := ngrams,samples,pseudo_words
 export PLM_CACHE ?= $(CURDIR)/.cache/plm
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+comma := ,
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 RUN := .venv/bin/python -m
 # Python's -c programs are given on one line: make has no other quoting that every shell reads alike.
@@ -51,6 +54,9 @@ setup: .venv/.installed-$(VERSION)
 .venv-peers/.installed-$(VERSION): pyproject.toml constraints.txt
 	$(call environment,.venv-peers,peers)
 
+.venv-plan/.installed-$(VERSION): pyproject.toml constraints.txt
+	$(call environment,.venv-plan,test$(comma)plan)
+
 # Typed again, every part finds its work done.
 demo: setup
 	$(RUN) launch.sweep --config=experiments/compare.py:tiny --backend=local --root=$(DEMO)
@@ -75,6 +81,12 @@ test-slurm: setup
 bench: .venv-peers/.installed-$(VERSION)
 	.venv-peers/bin/python -m tests.benchmarks.bench --output=runs/bench $(ARGS)
 
+bench-scaling: setup
+	$(RUN) tests.benchmarks.scaling --output=runs/bench $(ARGS)
+
+test-plan: .venv-plan/.installed-$(VERSION)
+	.venv-plan/bin/python -m pytest tests/test_golden_plans.py $(ARGS)
+
 parity: .venv-peers/.installed-$(VERSION)
 	.venv-peers/bin/python -m pytest tests/parity $(ARGS)
 
@@ -90,4 +102,4 @@ clean:
 	rm -rf .cache .pytest_cache .ruff_cache
 
 distclean: clean
-	rm -rf .venv .venv-peers plm.egg-info
+	rm -rf .venv .venv-peers .venv-plan plm.egg-info

@@ -20,7 +20,8 @@ from fixtures.children import RUNS
 from plm.data import tokenizers
 from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
-from plm.training import checkpoint, loop
+from plm.models.graph import build
+from plm.training import checkpoint, loop, program
 from plm.training import config as configs
 from plm.training.metrics import read_metrics, read_results
 
@@ -132,13 +133,13 @@ def test_a_stopped_run_resumes_as_if_never_stopped(kind, stop, uninterrupted, te
     config = config_of(kind, text, **{"checkpoint.keep_at": (12,)})
     with monkeypatch.context() as patch:
         if stop == "in step 8":
-            real_make = loop.make_train_step
+            real_make = program.make_train_step
 
             def make(*arguments, **options):
                 step = real_make(*arguments, **options)
                 return lambda state, batch: interrupt() if int(state.step) == 7 else step(state, batch)
 
-            patch.setattr(loop, "make_train_step", make)
+            patch.setattr(program, "make_train_step", make)
         elif stop == "after saving 10":
             real_save = checkpoint.Checkpoints.save
 
@@ -303,7 +304,7 @@ def test_held_out_sums_do_not_depend_on_the_batch(kind, text):
         mesh = loop.sharding.make_mesh(config.mesh, jax.devices()[:1])
         batches = loop.make_batches(config, data, "eval", mesh)
         objectives, coefficients = loop.make_objectives(config, data.tokenizer, evaluation=True)
-        graph = loop.build(config, data.tokenizer.size, tuple(o.name for o in objectives), np.float32)
+        graph = build(config, data.tokenizer.size, tuple(o.name for o in objectives), np.float32)
         evaluator = loop.Evaluator(graph, batches, objectives, coefficients, 0, False)
         params = graph.init(jax.random.key(1))
         results[size] = evaluator(params)

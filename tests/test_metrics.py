@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from plm.errors import UserError
-from plm.training import metrics
+from plm.training import chips, metrics
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -206,10 +206,10 @@ def test_a_terminal_gets_a_bar():
     ],
 )
 def test_peak_speed_is_given_only_where_it_is_known(kind, peak):
-    assert metrics.peak_flops(kind) == peak
-    assert metrics.peak_flops(kind, "float32") is None
+    assert chips.peak_flops(kind) == peak
+    assert chips.peak_flops(kind, "float32") is None
     expected = None if peak is None else pytest.approx(0.5)
-    assert metrics.model_flops_utilisation((peak or 1) * 4, 2.0, kind, 4) == expected
+    assert chips.model_flops_utilisation((peak or 1) * 4, 2.0, kind, 4) == expected
 
 
 def test_no_jax():

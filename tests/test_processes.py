@@ -1,6 +1,7 @@
-"""Two processes train as one does: same losses, each makes its own rows only, the first alone writes the records.
+"""Several processes train as one does: same losses, each makes its own rows only, the first alone writes the records.
 
-And they find each other, say who is missing, and end together when one dies.
+They find each other, say who is missing, and end together when one dies. A run that is stopped on eight goes on on two,
+on another mesh, with the same batches and losses.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import signal
 import socket
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -30,17 +32,28 @@ B = 8
 
 
 def watch() -> None:
-    """In a child, before it trains: notes the rows that it makes and the files that Python opens for writing."""
-    from plm.data import pretrain
+    """In a child, before it trains: notes the rows that it makes, a checksum of each row of each of its training
+    batches, and the files that Python opens for writing."""
+    from plm.data import pipeline, pretrain
 
-    seen = {"rows": [], "written": []}
-    real = pretrain._Layout._numbers
+    seen = {"rows": [], "batches": {}, "written": []}
+    real, real_local = pretrain._Layout._numbers, pipeline.Batches.local
 
     def numbers(self, step, rows):
         if self.training and [rows.start, rows.stop] not in seen["rows"]:
             seen["rows"].append([rows.start, rows.stop])
             note()
         return real(self, step, rows)
+
+    def local(self, step):
+        batch = real_local(self, step)
+        if self.layout.training:
+            of_step = seen["batches"].setdefault(str(step), {})
+            for i, row in enumerate(range(self.first, self.last)):
+                arrays = (batch[name][i] for name in sorted(batch) if name != "shared")
+                of_step[str(row)] = zlib.crc32(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays))
+            note()
+        return batch
 
     def note():
         with contextlib.suppress(OSError):
@@ -53,7 +66,7 @@ def watch() -> None:
                 seen["written"].append(path)
                 note()
 
-    pretrain._Layout._numbers = numbers
+    pretrain._Layout._numbers, pipeline.Batches.local = numbers, local
     sys.addaudithook(audit)
 
 
@@ -72,22 +85,49 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def train_in_two(kind: str, text, workdir, *flags: str) -> list[dict]:
-    """Runs the command as two processes of one device each; returns what each of them saw."""
+def begin(count: int, kind: str, text, workdir, *flags: str) -> list[children.Child]:
+    """Starts the command as processes of one device each, which talk over gloo."""
     address = f"localhost:{free_port()}"
     started = []
-    for index in range(2):
+    for index in range(count):
         arguments = [f"--config={RUNS}:{kind}", f"--config.data.source=text:{text}", f"--workdir={workdir}", *flags]
-        arguments += [f"--coordinator_address={address}", "--num_processes=2", f"--process_id={index}"]
-        out = workdir.with_name(f"{workdir.name}.{index}")
+        arguments += [f"--coordinator_address={address}", f"--num_processes={count}", f"--process_id={index}"]
+        out = workdir.with_name(f"{workdir.name}.{count}.{index}")
         before = [("test_processes", "watch")]
         environment = {"devices": 1, "WATCH": f"{out}.json"}
         started.append(children.start("plm.train", *arguments, output=out, before=before, **environment))
-    codes = [child.wait() for child in started]
-    assert codes == [0, 0], "\n".join(child.text for child in started)
-    assert "complete after 24 steps" in started[0].text
-    assert all(line.startswith("[Gloo]") for line in started[1].text.splitlines()), started[1].text
+    return started
+
+
+def seen_by(started: list[children.Child]) -> list[dict]:
     return [json.loads(Path(f"{child.output}.json").read_text()) for child in started]
+
+
+def train_in(count: int, kind: str, text, workdir, *flags: str) -> list[dict]:
+    """Runs the command to its end as `count` processes; returns what each of them saw."""
+    started = begin(count, kind, text, workdir, *flags)
+    codes = [child.wait() for child in started]
+    assert codes == [0] * count, "\n".join(child.text for child in started)
+    assert "complete after 24 steps" in started[0].text
+    for other in started[1:]:
+        assert all(line.startswith("[Gloo]") for line in other.text.splitlines()), other.text
+    return seen_by(started)
+
+
+def train_in_one(kind: str, text, workdir) -> None:
+    before = children.quick_compiles()
+    try:
+        loop.train(configs.load(f"{RUNS}:{kind}", {"data.source": f"text:{text}"}), workdir)
+    finally:
+        children.restore(before)
+
+
+def assert_same_losses(one, other, rtol: float = 1e-5) -> None:
+    expected, got = losses_of(one), losses_of(other)
+    assert got.keys() == expected.keys()
+    for step in expected:
+        np.testing.assert_allclose(got[step], expected[step], rtol=rtol, err_msg=str(step))
+    np.testing.assert_allclose(*(read_metrics(path)[-1]["eval/loss"] for path in (one, other)), rtol=rtol)
 
 
 slow = pytest.mark.slow
@@ -104,28 +144,20 @@ slow = pytest.mark.slow
 )
 def test_two_processes_are_one(kind, begun_by_one, text, tmp_path):
     """Measured: losses 2e-7 apart at most, over a fresh run and over one that a single process began."""
-    before = children.quick_compiles()
-    try:
-        one, two = tmp_path / "one", tmp_path / "two"
-        loop.train(configs.load(f"{RUNS}:{kind}", {"data.source": f"text:{text}"}), one)
-    finally:
-        children.restore(before)
+    one, two = tmp_path / "one", tmp_path / "two"
+    train_in_one(kind, text, one)
     if begun_by_one:
         shutil.copytree(one, two)
         for step in ("20", "24"):
             shutil.rmtree(two / "checkpoints" / step)
-    seen = train_in_two(kind, text, two)
+    seen = train_in(2, kind, text, two)
     assert [process["rows"] for process in seen] == [[[0, B // 2]], [[B // 2, B]]]
     records = {"config.json", "run.json", "metrics.jsonl", "results.jsonl", "tokenizer.json"}
     written = [{name for name in records for path in process["written"] if name in path} for process in seen]
     assert written == [records, set()]
     others = [path for path in seen[1]["written"] if path.startswith(str(two)) and "/checkpoints/" not in path]
     assert all(".writable" in path for path in others), others
-    expected, got = losses_of(one), losses_of(two)
-    assert got.keys() == expected.keys()
-    for step in expected:
-        np.testing.assert_allclose(got[step], expected[step], rtol=1e-5, err_msg=str(step))
-    np.testing.assert_allclose(*(read_metrics(path)[-1]["eval/loss"] for path in (one, two)), rtol=1e-5)
+    assert_same_losses(one, two)
     run = json.loads((two / "run.json").read_text())
     assert [session["devices"]["processes"] for session in run["sessions"]] == [1] * begun_by_one + [2]
 
@@ -245,3 +277,51 @@ def test_the_death_of_the_first_is_the_end_of_all(tmp_path):
     started = meet(2, {0: "kill", 1: ""}, tmp_path)
     assert started[1].wait(60) == 1
     assert "process 0 of 2 (at localhost" in errors_of(started[1])[-1]
+
+
+@slow
+@pytest.mark.parametrize(
+    ("count", "kind", "mesh"),
+    [(4, "lanes", {"fsdp": 2, "tensor": 2}), (8, "pairs", {"fsdp": 2, "tensor": 2}), (8, "lanes", {})],
+)
+def test_four_and_eight_processes_are_one(count, kind, mesh, text, tmp_path):
+    """Measured: losses 3e-7 apart at most."""
+    one, many = tmp_path / "one", tmp_path / "many"
+    train_in_one(kind, text, one)
+    seen = train_in(count, kind, text, many, *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items()))
+    pieces = count // mesh.get("tensor", 1)
+    own = [[[row, row + B // pieces]] for row in range(0, B, B // pieces) for _ in range(count // pieces)]
+    assert [process["rows"] for process in seen] == own
+    assert not any(name in path for process in seen[1:] for path in process["written"] for name in ("json", "metrics"))
+    assert_same_losses(one, many)
+
+
+@slow
+@pytest.mark.parametrize("kind", ["lanes", "pairs"])
+def test_stopped_on_eight_processes_it_goes_on_on_two(kind, text, tmp_path):
+    """Data 4 x fsdp 2 is killed after step 10 and goes on as tensor 2. Measured: losses 3e-7 apart at most."""
+    one, run = tmp_path / "one", tmp_path / "run"
+    train_in_one(kind, text, one)
+    eight = begin(8, kind, text, run, "--config.mesh.fsdp=2")
+    deadline = time.monotonic() + 300
+    while not (run / "checkpoints" / "10").exists():
+        assert time.monotonic() < deadline, eight[0].text
+        time.sleep(0.02)
+    for child in eight:
+        child.process.kill()
+        child.process.join()
+    assert json.loads((run / "run.json").read_text())["status"] == "running"
+    two = train_in(2, kind, text, run, "--config.mesh.tensor=2")
+    sessions = json.loads((run / "run.json").read_text())["sessions"]
+    assert [session["devices"]["processes"] for session in sessions] == [8, 2]
+    assert sessions[1]["from_step"] >= 10
+    assert_same_losses(one, run)
+    # Every row of every batch that both made is the same, whoever made it.
+    rows: dict[str, dict] = {}
+    for process in seen_by(eight):
+        for step, sums in process["batches"].items():
+            rows.setdefault(step, {}).update(sums)
+    again = [step for step in two[0]["batches"] if step in rows]
+    assert again
+    for step in again:
+        assert rows[step] == {row: two[0]["batches"][step][row] for row in rows[step]}

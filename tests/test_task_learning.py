@@ -15,8 +15,9 @@ from plm.data import tokenizers
 from plm.models.graph import build
 from plm.training import config as configs
 from plm.training import optimizer, sharding
-from plm.training.loop import Evaluator, make_batches, open_data
+from plm.training.loop import Evaluator, open_data
 from plm.training.objectives import make_objectives
+from plm.training.program import make_batches
 from plm.training.step import make_train_step, new_state
 
 WORDS = ("kofi", "lamu", "nesa", "toro", "bika", "sumi")

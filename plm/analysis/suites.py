@@ -32,8 +32,9 @@ from plm.inference.model import Model, load, read_run, split_source
 from plm.models.graph import build
 from plm.randomness import stable_hash
 from plm.training import metrics, sharding
-from plm.training.loop import Evaluator, carries, compute_dtype, make_batches
+from plm.training.loop import Evaluator
 from plm.training.objectives import make_objectives
+from plm.training.program import carries, compute_dtype, make_batches
 
 EVALUATIONS, SAMPLES, SENSES = "evaluations.json", "samples.json", "senses.json"
 VERSION = 1  # raise it whenever the same settings would choose other sentences or count otherwise

@@ -20,8 +20,9 @@ from plm.errors import UserError
 from plm.models.graph import build
 from plm.training import config as configs
 from plm.training import metrics, sharding
-from plm.training.loop import Evaluator, compute_dtype, make_batches
+from plm.training.loop import Evaluator
 from plm.training.objectives import make_objectives
+from plm.training.program import compute_dtype, make_batches
 
 FOLDER = "predictions"
 _ENDS = {"squad": "json", "mclwic": "json", "jsonl": "jsonl", "wic": "txt", "conll": "conll", "glue": "tsv"}

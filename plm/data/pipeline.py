@@ -1,6 +1,7 @@
 """batch = f(seed, step): rows of a layout, fields of the objectives, placed on the devices that hold them."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import grain
@@ -119,6 +120,27 @@ class Batches:
             }
             placed["shared"] = everywhere
         return placed
+
+    def abstract(self, mesh: jax.sharding.Mesh, batch_size: int) -> dict:
+        """What `place` would give of batches of `batch_size` rows, as `jax.ShapeDtypeStruct`s.
+
+        mesh: its devices need not be there. This object's own batch may be smaller; it is made once, for its shapes.
+        `shared/words` has the largest of its declared sizes.
+        """
+
+        def like(shape, dtype, spec):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+        batch = self.local(0)
+        shared = {name: np.asarray(array) for name, array in batch.pop("shared", {}).items()}
+        shapes = {name: like((batch_size, *a.shape[1:]), a.dtype, ROWS) for name, a in batch.items()}
+        if not shared:
+            return shapes
+        everywhere = {name: like(a.shape, a.dtype, PartitionSpec()) for name, a in shared.items()}
+        if "words" in shared:
+            tokens = sum(math.prod(shapes[name].shape) for _, name in _INPUTS.values() if name in shapes)
+            everywhere["words"] = like((tokens, MAX_CHARACTERS), shared["words"].dtype, PartitionSpec())
+        return shapes | {"shared": everywhere}
 
     def __call__(self, step: int) -> dict:
         """The placed batch of `step`."""

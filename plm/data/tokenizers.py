@@ -53,7 +53,7 @@ MAX_WORDS = 5_000_000
 ROW = 50  # characters (bytes and markers) of a word in ELMo
 BEGIN_SENTENCE, END_SENTENCE, BEGIN_WORD, END_WORD, NO_CHARACTER = 256, 257, 258, 259, 260
 
-_SPECIALS = {
+SPECIALS = {
     "wordpiece": {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"},
     "bpe": {"unk": "<unk>", "eod": "\n</w>"},
     "byte_bpe": {"pad": "<pad>", "mask": "<mask>", "cls": "<cls>", "sep": "<sep>", "eod": "<eod>"},
@@ -465,7 +465,7 @@ class Tokenizer:
         while entries and not entries[-1]:
             entries.pop()
         for kind in ("wordpiece", "words"):
-            specials = _SPECIALS[kind]
+            specials = SPECIALS[kind]
             if specials["unk"] in entries:
                 break
         else:
@@ -503,7 +503,7 @@ def _official_bpe(path: epath.Path, text: str, lowercase: bool | None) -> Tokeni
             raise ValueError("ids are not 0, 1, 2, ...")
         # Lines end in "\n" only, and the last one too; the first is a remark.
         merges = [tuple(line.split(" ")) for line in merges_path.read_text(encoding="utf-8").split("\n")[1:] if line]
-        roles = {role: ids[token] for role, token in _SPECIALS["bpe"].items()}
+        roles = {role: ids[token] for role, token in SPECIALS["bpe"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not GPT's encoder (piece -> id, with <unk> and \\n</w>): {error!r}") from None
     return Tokenizer("bpe", vocabulary, roles, merges=merges, lowercase=lowercase)
@@ -535,7 +535,7 @@ def train(
     words = _count_words(kind, texts, lowercase, pretokenized)
     if not words:
         raise UserError(f"no {kind} vocabulary can be trained: the corpus holds no text")
-    specials = _SPECIALS[kind]
+    specials = SPECIALS[kind]
     first = [token for role, token in specials.items() if not (kind == "bpe" and role == "eod")]
     last = [specials["eod"]] if kind == "bpe" else []
     if kind == "words":

@@ -105,8 +105,9 @@ def _recurrence_backward(clips, kept, cotangents):
     )
 
     def over_all_times(a, b):
-        a, b = (x.reshape(-1, x.shape[-1]).astype(recurrent.dtype) for x in (a, b))
-        return jnp.einsum("na,nb->ab", a, b, preferred_element_type=jnp.float32).astype(recurrent.dtype)
+        # Times and rows are not merged into one axis: rows that lie on several devices would be gathered for it.
+        a, b = (x.astype(recurrent.dtype) for x in (a, b))
+        return jnp.einsum("tna,tnb->ab", a, b, preferred_element_type=jnp.float32).astype(recurrent.dtype)
 
     # Gate by gate: XLA's CPU backend has no bfloat16 product whose result has three axes.
     d_recurrent = jnp.stack([over_all_times(m_before, d_z[:, :, gate]) for gate in range(4)], axis=1)
@@ -149,9 +150,8 @@ class LstmCell(nnx.Module):
         if state is None:
             state = {"c": jnp.zeros((B, self.cells)), "m": jnp.zeros((B, self.outputs))}
         x_TxBxI = jnp.swapaxes(x_BxTxI, 0, 1).astype(self.dtype)
-        T, inputs = x_TxBxI.shape[0], x_TxBxI.shape[-1]
-        gates = jnp.einsum("ni,igc->ngc", x_TxBxI.reshape(T * B, inputs), self.kernel_input[...].astype(self.dtype))
-        gates = (gates + self.bias[...].astype(self.dtype)[None]).reshape(T, B, *gates.shape[1:])
+        gates = jnp.einsum("tbi,igc->tbgc", x_TxBxI, self.kernel_input[...].astype(self.dtype))
+        gates = gates + self.bias[...].astype(self.dtype)[None, None]
         out_TxBxP, c, m = recurrence(
             self.clips,
             gates,

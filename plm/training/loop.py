@@ -11,43 +11,23 @@ import time
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
 from plm.analysis import task_results
-from plm.data.pipeline import Batches, Corpus, open_corpus, open_task, task_layout, task_vectors
-from plm.data.pretrain import make_layout
+from plm.data.pipeline import Batches, Corpus, open_corpus, open_task, task_vectors
 from plm.errors import UserError
-from plm.models.graph import ModelGraph, build
-from plm.training import checkpoint, optimizer, sharding
+from plm.models.graph import ModelGraph
+from plm.training import checkpoint, sharding
 from plm.training import config as configs
-from plm.training.objectives import HOST_ONLY, Draw, make_objectives
+from plm.training.objectives import make_objectives
 from plm.training.preemption import Notice, Preempted
+from plm.training.program import carries, fresh_carry, make_batches, make_program
 from plm.training.record import CONFIG, TOKENIZER, Record
 from plm.training.start import open_source
 from plm.training.start import start as start_of
-from plm.training.step import TrainState, make_eval_step, make_train_step, new_state
-
-EVAL_SEED = 0  # held-out masks and pairs are the same for every run, whatever its seed
-CARRIED_LAYOUTS = ("lanes",)
-
-
-def _layout(config, corpus: Corpus, mode: str, batch_size: int, seed: int):
-    name, split = config.data.layout, corpus.train if mode == "train" else corpus.valid
-    if name == "task":
-        return task_layout(config, split, corpus.tokenizer, batch_size=batch_size, seed=seed, mode=mode)
-    return make_layout(
-        name,
-        split,
-        corpus.tokenizer,
-        seq_len=config.seq_len,
-        batch_size=batch_size,
-        seed=seed,
-        settings=config.data.own if configs.is_outside(name) else config.data[name],
-        mode=mode,
-    )
+from plm.training.step import make_eval_step
 
 
 def open_data(config, **options) -> tuple[object, Corpus]:
@@ -60,37 +40,6 @@ def open_data(config, **options) -> tuple[object, Corpus]:
     width = 0 if vectors is None else vectors.shape[1]
     kind, classes = task.task.kind, len(task.labels)
     return configs.settle(config, task=task.name, kind=kind, classes=classes, vectors=width), corpus
-
-
-def make_batches(config, corpus: Corpus, mode: str, mesh) -> Batches:
-    """Training or held-out batches of a config on a mesh. mode: "train" | "eval"."""
-    evaluation = mode == "eval"
-    batch_size = (config.eval.batch_size or config.batch_size) if evaluation else config.batch_size
-    seed = EVAL_SEED if evaluation else config.seeds.data
-    split = corpus.valid if evaluation else corpus.train
-    objectives, _ = make_objectives(config, corpus.tokenizer, evaluation=evaluation)
-    return Batches(
-        _layout(config, corpus, mode, batch_size, seed),
-        objectives,
-        batch_size=batch_size,
-        draw=lambda step, rows: Draw(seed, step, rows, mode),
-        mesh=mesh,
-        characters=split.character_rows if config.model.get("input") == "characters" else None,
-        # Shared by a batch, words would be encoded anew for each microbatch.
-        distinct_words=config.microbatches == 1 or evaluation,
-        target_id=corpus.tokenizer.target_id,
-        host_only=HOST_ONLY,
-    )
-
-
-def compute_dtype(config) -> jnp.dtype:
-    """Of activations and products; parameters, optimizer, softmax, LayerNorm and loss are always float32."""
-    return jnp.bfloat16 if config.precision.compute == "bfloat16" else jnp.float32
-
-
-def carries(config, layout) -> bool:
-    """Whether row i of a batch continues row i of the batch before; a layout from outside says so itself."""
-    return config.data.layout in CARRIED_LAYOUTS or bool(getattr(layout, "continues_rows", False))
 
 
 @dataclasses.dataclass
@@ -109,14 +58,8 @@ class Evaluator:
         self.step = make_eval_step(self.graph.bind, self.objectives, everywhere=self.batches.replicated)
         steps = self.batches.layout.steps
         self.steps = min(steps, self.limit) if self.limit else steps
-        rows = self.batches.row_sharding
-        size = self.batches.batch_size
-
-        def fresh(params):
-            return self.graph.bind(params).initial_carry(size) if self.carried else {}
-
-        shapes = jax.eval_shape(fresh, self.graph.shapes())
-        self.fresh = jax.jit(fresh, out_shardings=jax.tree.map(lambda _: rows, shapes))
+        batches = self.batches
+        self.fresh, _ = fresh_carry(self.graph, batches.batch_size, self.carried, batches.row_sharding)
 
     def __call__(self, params, progress=None) -> dict[str, float]:
         """{eval/name: value}: weighted means of every name, loss, perplexities of next-token losses, targets."""
@@ -156,22 +99,6 @@ class Evaluator:
         return sums, predictions
 
 
-def _state_and_shardings(config, graph: ModelGraph, tx, mesh, carried: bool):
-    """(function that makes the first state on its devices, its abstract value with shardings, messages)."""
-
-    def create(key) -> TrainState:
-        params = graph.init(key)
-        carry = graph.bind(params).initial_carry(config.batch_size) if carried else {}
-        return new_state(params, tx, carry)
-
-    key = jax.random.key(config.seeds.init)
-    abstract = jax.eval_shape(create, key)
-    specs, messages = sharding.partition_specs(abstract, mesh, rules=graph.sharding_rules)
-    shardings = sharding.shardings(specs, mesh)
-    like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
-    return lambda: jax.jit(create, out_shardings=shardings)(key), like, messages
-
-
 def train(config, workdir: epath.PathLike) -> dict[str, float]:
     """Trains `config` (validated) in `workdir`, or goes on with it; returns the last evaluation's numbers.
 
@@ -199,31 +126,18 @@ def train(config, workdir: epath.PathLike) -> dict[str, float]:
     record.refuse_another_config(corpus)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("plm: every process has read the workdir")
-    objectives, coefficients = make_objectives(config, corpus.tokenizer)
-    names = tuple(objective.name for objective in objectives)
-    graph = build(config, corpus.tokenizer.size, names, compute_dtype(config))
-    tx = optimizer.make_optimizer(config.optimizer, graph.shapes(), config.optimizer.schedule_steps)
-    moving = optimizer.without_frozen(config.optimizer.freeze, graph.shapes())
-    carried = carries(config, batches.layout)
     with jax.set_mesh(mesh):
-        fresh, like, messages = _state_and_shardings(config, graph, tx, mesh, carried)
-        for message in messages:
+        program = make_program(config, corpus.tokenizer, mesh, carries(config, batches.layout))
+        graph = program.graph
+        for message in program.messages:
             record.say(message)
-        train_step = make_train_step(
-            lambda params: graph.bind(moving(params)),
-            objectives,
-            coefficients,
-            tx,
-            microbatches=config.microbatches,
-            seed=config.seeds.init,
-            shardings=jax.tree.map(lambda leaf: leaf.sharding, like),
-        )
         evaluator = None
         if corpus.valid.n_tokens:
             held_out = make_batches(config, corpus, "eval", mesh)
             scored, scored_coefficients = make_objectives(config, corpus.tokenizer, evaluation=True)
             measure = None if corpus.task is None else functools.partial(task_results.measure, corpus.valid)
-            evaluator = Evaluator(graph, held_out, scored, scored_coefficients, config.eval.batches, carried, measure)
+            limit = config.eval.batches
+            evaluator = Evaluator(graph, held_out, scored, scored_coefficients, limit, program.carried, measure)
         else:
             record.say(
                 "no document is held out, so nothing will be evaluated: give data.valid_source, more documents or"
@@ -235,7 +149,7 @@ def train(config, workdir: epath.PathLike) -> dict[str, float]:
             keep_at=config.checkpoint.keep_at,
             every_steps=config.checkpoint.every_steps,
         ) as saved:
-            state = start_of(config, corpus, graph, source, fresh, like, saved, record.say)
+            state = start_of(config, corpus, graph, source, program.fresh, program.like, saved, record.say)
             start = int(state.step)
             if start >= config.total_steps and record.run.facts.get("status") == "complete":
                 record.say(f"already complete after {start:,} steps: {workdir}")
@@ -244,7 +158,7 @@ def train(config, workdir: epath.PathLike) -> dict[str, float]:
             record.begin(start, corpus=corpus, graph=graph, batches=batches, mesh=mesh, starts_from=lineage)
             try:
                 with Notice(mesh) as notice:
-                    return _run(config, state, start, train_step, evaluator, batches, saved, record, notice)
+                    return _run(config, state, start, program.step, evaluator, batches, saved, record, notice)
             except Exception as error:
                 record.fail(error)
                 raise

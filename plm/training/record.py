@@ -12,8 +12,8 @@ from plm.data.pipeline import Batches, Corpus
 from plm.errors import UserError
 from plm.models.flops import train_flops
 from plm.models.graph import ModelGraph
+from plm.training import chips, metrics, optimizer
 from plm.training import config as configs
-from plm.training import metrics, optimizer
 
 CONFIG, TOKENIZER = "config.json", "tokenizer"
 
@@ -178,7 +178,7 @@ class Record:
             "seconds": self._seconds(),
         }
         if self.flops is not None:
-            utilisation = metrics.model_flops_utilisation(
+            utilisation = chips.model_flops_utilisation(
                 self.flops, seconds, self.device_kind, jax.device_count(), self.config.precision.compute
             )
             if utilisation is not None:

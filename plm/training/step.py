@@ -63,11 +63,28 @@ def _sums(model, objectives: Sequence, outputs: Mapping, batch: Mapping, key) ->
     return sums
 
 
-def _weights(objectives: Sequence, batch: Mapping) -> dict:
+def all_weights(objectives: Sequence, batch: Mapping) -> dict:
     weights = {}
     for objective in objectives:
         weights |= objective.weights(batch)
     return weights
+
+
+def make_loss(bind: Callable, objectives: Sequence, coefficients: Mapping[str, float]) -> Callable:
+    """`loss(params, batch, carry, key, weights) -> (value, (sums, new carry))`: what a step differentiates.
+
+    weights: of the whole batch that this batch may be a part of, {name: float32 scalar}.
+    """
+
+    def loss(params, batch, carry, key, weights):
+        model = bind(params)
+        outputs, new_carry = model(batch, carry, key)
+        sums = _sums(model, objectives, outputs, batch, key)
+        means = _means(sums, weights)
+        value = sum(factor * means[name] for name, factor in coefficients.items())
+        return value, (sums, jax.lax.stop_gradient(new_carry))
+
+    return loss
 
 
 def make_train_step(
@@ -90,20 +107,13 @@ def make_train_step(
     metrics: float32 scalars: loss, gradient_norm, skipped, skipped_in_a_row, and the mean of every name.
     """
 
-    def loss(params, batch, carry, key, weights):
-        model = bind(params)
-        outputs, new_carry = model(batch, carry, key)
-        sums = _sums(model, objectives, outputs, batch, key)
-        means = _means(sums, weights)
-        value = sum(factor * means[name] for name, factor in coefficients.items())
-        return value, (sums, jax.lax.stop_gradient(new_carry))
-
+    loss = make_loss(bind, objectives, coefficients)
     gradient = jax.value_and_grad(loss, has_aux=True)
     together = math.lcm(*(getattr(objective, "rows_per_example", 1) for objective in objectives))
 
     def step(state: TrainState, batch: dict):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        weights = _weights(objectives, batch)
+        weights = all_weights(objectives, batch)
         if microbatches == 1:
             (value, (sums, carry)), gradients = gradient(state.params, batch, state.carry, key, weights)
         else:
@@ -163,7 +173,7 @@ def make_eval_step(bind: Callable, objectives: Sequence, *, everywhere: Any = No
     def step(params, carry, batch):
         model = bind(params)
         outputs, carry = model(batch, carry)
-        sums, weights = _sums(model, objectives, outputs, batch, None), _weights(objectives, batch)
+        sums, weights = _sums(model, objectives, outputs, batch, None), all_weights(objectives, batch)
         predictions = {o.name: o.predictions(model.heads[o.name], outputs, batch) for o in predicting}
         return {name: (sums[name], weights[name]) for name in sums}, predictions, carry
 

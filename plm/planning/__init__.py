@@ -1,0 +1,1 @@
+"""Before a run: does it fit, what does it move, what does it cost."""

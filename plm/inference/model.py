@@ -180,7 +180,7 @@ class Model:
     @property
     def _layer_shape(self) -> tuple[int, int]:
         if "layers" not in self._shared:
-            batch = self.batch([[0]], 1, batches.SHORTEST, [])
+            batch = self.batch([[0]], 1, batches.bucket(1, self.longest), [])
             found = jax.eval_shape(lambda p: self.graph.bind(p)(batch, {}, layers=True)[0]["layers"], self.params)
             self._shared["layers"] = found.shape[0], found.shape[-1]
         return self._shared["layers"]

@@ -193,6 +193,12 @@ class Model:
         parts = (sorted(sums.items()), str(model), self.config.data.layout, self.tokenizer.fingerprint)
         return f"{stable_hash('model', *map(str, parts), bits=128):032x}"
 
+    def at(self, step: int) -> "Model":
+        """Another checkpoint of the same run; compiled programs are shared."""
+        params, step = checkpoint.restore_params(self.source, step)
+        _check(self.graph, params, self.source)
+        return dataclasses.replace(self, params=params, step=step)
+
     def initial(self) -> "Model":
         """This model before training; compiled programs are shared."""
         return dataclasses.replace(self, params=initial_params(self.config, self.graph), step=0)
@@ -260,12 +266,15 @@ class Model:
         of a word's rows of the embedding table, or what the characters' convolutions give."""
         return embedding.static(self, words)
 
-    def score(self, texts: Sequence[Text], *, within_words: bool = False) -> "list[scoring.Score]":
+    def score(
+        self, texts: Sequence[Text], *, within_words: bool = False, from_word: Sequence[int] | None = None
+    ) -> "list[scoring.Score]":
         """Log-likelihoods of texts and of each of their pieces, in nats; see `scoring` for what a model can give.
 
-        within_words: of a masked model: pieces behind the masked one in the same word are masked too.
+        within_words: of a masked model: pieces behind the masked one in the same word are masked too. from_word: for
+        each text the first word that is scored; those before it are read only, and their pieces score 0.
         """
-        return scoring.score(self, texts, within_words)
+        return scoring.score(self, texts, within_words, from_word)
 
     def generate(
         self,

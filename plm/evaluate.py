@@ -1,10 +1,15 @@
-"""Evaluates a checkpoint: n-grams, samples, senses, perplexity, overlap with tasks; rows in its results.jsonl.
+"""Evaluates checkpoints: n-grams, samples, senses, minimal pairs, probes, zero-shot; rows in a results.jsonl.
 
     python -m plm.evaluate --model=SRC[@STEP] [--suite=ngrams,samples,pseudo_words,perplexity] [--again]
     python -m plm.evaluate --model=SRC[@STEP] --suite=overlap --task=sst2,files=DIR [--task=...]
+    python -m plm.evaluate --model=SRC[@STEP|@all] --suite=minimal_pairs [--pairs=FILE.jsonl or DIR]
+    python -m plm.evaluate --model=SRC[@STEP|@all] --suite=zero_shot,probes --task=sst2,files=DIR [--task=...]
+    python -m plm.evaluate --model=SRC[@STEP|@all] --suite=word_sense --wsd=DIR
 
-A suite that is there already for that step and settings is passed over. SRC is the workdir of a run. A task is
-NAME[,files=DIR or tfds:NAME], or custom,kind=...,files=...,text=...,label=... (`plm.data.tasks`).
+A suite that is there already for that step and settings is passed over. SRC is the workdir of a run; of minimal_pairs,
+zero_shot, probes and word_sense also a converted or a foreign folder. @all: every kept checkpoint of the run. A task is
+NAME[,files=DIR or tfds:NAME], or custom,kind=...,files=...,text=...,label=... (`plm.data.tasks`). docs/analysis.md says
+what each suite measures.
 """
 
 import sys
@@ -27,13 +32,32 @@ def main() -> None:
     from plm.analysis import suites  # imports JAX: --help and bad flags answer at once
     from plm.data import tasks
 
-    run = suites.Run(values.model, tasks=[tasks.load(spec) for spec in values.task])
-    suites.evaluate(run, names, again=values.again, say=lambda line: print(line, file=sys.stderr, flush=True))
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    options = {"pairs": values.pairs, "wsd": values.wsd, "output": values.output}
+    options["tasks"] = [tasks.load(spec) for spec in values.task]
+    if values.model.endswith("@all"):
+        suites.every_step(values.model, names, again=values.again, say=say, **options)
+    else:
+        suites.evaluate(suites.Run(values.model, **options), names, again=values.again, say=say, show=print)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("model", None, "the run: its workdir, with @STEP for another checkpoint than the newest")
-    flags.DEFINE_string("suite", DEFAULT, "measured in this order: ngrams, samples, pseudo_words, perplexity, overlap")
+    flags.DEFINE_string(
+        "model", None, "the model, with @STEP for another checkpoint than the newest, @all for all of them"
+    )
+    flags.DEFINE_string(
+        "suite",
+        DEFAULT,
+        "measured in this order: ngrams, samples, pseudo_words, perplexity, overlap, minimal_pairs, zero_shot, probes,"
+        " word_sense",
+    )
     flags.DEFINE_multi_string("task", [], "NAME[,key=value...], for suites of tasks; may be given several times")
+    flags.DEFINE_multi_string(
+        "pairs", [], "minimal pairs in BLiMP's JSONL format: files or folders; by default made ones"
+    )
+    flags.DEFINE_string("wsd", "", "a folder with semcor.data.xml, test sets beside it and WordNet's index.sense")
+    flags.DEFINE_string("output", "", "where results go; by default the run itself")
     flags.DEFINE_bool("again", False, "measures again what is there already")
     command.run(main, required=("model",))

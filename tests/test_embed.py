@@ -9,6 +9,7 @@ import time
 
 import h5py
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures import children, corpus
@@ -18,6 +19,7 @@ from safetensors.numpy import load_file
 from plm.embed import parse_layers
 from plm.errors import UserError
 from plm.inference import batches, embedding, model, reading, vector_file
+from plm.models.graph import build
 
 TEXTS = ["Bakelimo ramose, bali!", "Mo zazu ra.", "keli " * 3 + "xyzzy"]
 
@@ -158,6 +160,22 @@ def test_long_texts_are_read_in_windows(models, name):
     (narrow,) = loaded.embed([words], "all", "subwords", window=20, stride=6)
     assert narrow.shape == vectors.shape
     assert np.abs(narrow - vectors).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["gpt", "bert"])
+def test_fewer_positions_than_the_smallest_shape(models, name):
+    """The smallest padded shape is 16 tokens wide; a model of 8 positions never gets so many."""
+    like = models[name]
+    config = like.config.copy_and_resolve_references()
+    config.model.max_positions = 8
+    graph = build(config, like.tokenizer.size, tuple(config.objectives), jnp.float32)
+    params = jax.tree.map(lambda p: np.full(p.shape, 0.1, np.float32), graph.shapes())
+    narrow = model.Model(config, like.tokenizer, graph, params, 0, "narrow")
+    assert (narrow.n_layers, narrow.n_features) == (like.n_layers, like.n_features)
+    words = ["mo", "ra"] * 9
+    (vectors,) = narrow.embed([words], "all")
+    assert vectors.shape == (like.n_layers, 18, like.n_features)
+    assert np.isfinite(narrow.score([words])[0].total)
 
 
 def test_states_go_on_from_text_to_text(models):

@@ -1,18 +1,23 @@
 """The evaluations that any run can be given, in one table: `SUITES[name]` = (function, settings).
 
 A suite's function takes a `Run` (and, if it is one of tasks, the data of a task) and returns an `Outcome`: rows for
-results.jsonl and files for the workdir. `evaluate`
+results.jsonl, files for the workdir, tables for the terminal, which also stand in evaluations/. `evaluate`
 runs suites one after the other, writes what each returns as soon as it is there, and passes over a suite whose rows are
 there already for that step, text and settings (`evaluations.json` says with which settings rows were made).
 
 Text that a suite reads itself (pseudo-words, samples) comes from the run's own source, not from its store: the same
 documents, split in the same way, whatever the tokenizer. What is chosen from it depends on the corpus alone and is
 remembered in the cache, so that all runs over one corpus share sentences and pairs and only the first one reads them.
+
+Suites that read no corpus of the run (`Suite.of_corpus`) take any model that `plm.load` does.
 """
 
+import copy
 import dataclasses
 import functools
+import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,22 +26,33 @@ import jax
 import numpy as np
 from etils import epath
 
-from plm.analysis import ngrams, overlap, pseudo_words, samples
+from plm.analysis import (
+    minimal_pairs,
+    ngrams,
+    overlap,
+    probes,
+    pseudo_words,
+    samples,
+    word_sense,
+    zero_shot,
+)
+from plm.analysis.results import Table, layer_name
 from plm.data import sources
 from plm.data.examples import COPIED_WORDS
 from plm.data.pipeline import Corpus, open_corpus
 from plm.data.store import Progress, locked, writable
 from plm.data.tasks import TaskData
 from plm.errors import UserError
-from plm.inference.model import Model, load, read_run, split_source
+from plm.inference.model import Model, is_run, load, read_run, split_source
 from plm.models.graph import build
 from plm.randomness import stable_hash
-from plm.training import metrics, sharding
+from plm.training import checkpoint, metrics, sharding
 from plm.training.loop import Evaluator
 from plm.training.objectives import make_objectives
 from plm.training.program import carries, compute_dtype, make_batches
 
 EVALUATIONS, SAMPLES, SENSES = "evaluations.json", "samples.json", "senses.json"
+TABLES = "evaluations"  # the folder of what suites show
 VERSION = 1  # raise it whenever the same settings would choose other sentences or count otherwise
 READ_CHARACTERS = 1 << 28  # of training and of held-out text, at most, that pairs and samples are chosen from
 NGRAM_TOKENS = 100_000_000  # n-gram tables take about 200 bytes a token
@@ -45,28 +61,57 @@ NGRAM_TOKENS = 100_000_000  # n-gram tables take about 200 bytes a token
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """rows: dicts with metric, split, n, value and perhaps predictions, low, high. files: name -> JSON value. note:
-    what the user is told beside the number of rows."""
+    what the user is told beside the number of rows. tables: are shown, and kept as JSON."""
 
     rows: list[dict]
     files: dict[str, Any] = dataclasses.field(default_factory=dict)
     note: str = ""
+    tables: Sequence[Table] = ()
 
 
 class Run:
-    """A run under evaluation; what is expensive is opened when the first suite asks for it.
+    """A model under evaluation; what is expensive is opened when the first suite asks for it.
 
-    spec: SRC[@STEP]. tasks: what the suites of tasks are run on. progress: show bars.
+    spec: SRC[@STEP]. tasks: what the suites of tasks are run on. pairs: files or folders of minimal pairs, by default
+    the generated ones. wsd: a folder of sense-tagged corpora. output: where rows and files go, by default the run
+    itself; weights that are no run of ours need one. progress: show bars.
 
     Errors: UserError when there is no such run or checkpoint, or its text is not what it was.
     """
 
-    def __init__(self, spec: str, *, tasks: Sequence[TaskData] = (), progress: bool = True):
-        self.tasks = tuple(tasks)
-        self.source, step = split_source(spec)
-        self.workdir, self.progress = epath.Path(self.source), progress
-        self.config, self.tokenizer = read_run(self.workdir)
-        self.facts = metrics.RunRecord(self.workdir, enabled=False).facts
-        self._step = step
+    def __init__(
+        self,
+        spec: str,
+        *,
+        tasks: Sequence[TaskData] = (),
+        pairs: Sequence[str] = (),
+        wsd: str = "",
+        output: epath.PathLike = "",
+        progress: bool = True,
+    ):
+        self.tasks, self.pair_files, self.wsd_folder, self.progress = tuple(tasks), tuple(pairs), wsd, progress
+        self.source, self._step = split_source(spec)
+        self.workdir = epath.Path(self.source)
+        self.is_run = self._step is not None or is_run(self.source)
+        if not self.is_run:
+            self.config, self.tokenizer = self.model.config, self.model.tokenizer
+            if not output:
+                raise UserError(f"{self.source} is no run of ours: --output=DIR says where its results go")
+        else:
+            self.config, self.tokenizer = read_run(self.workdir)
+        self.output = epath.Path(output) if output else self.workdir
+        self.facts = metrics.RunRecord(self.workdir, enabled=False).facts if self.is_run else {}
+        self.of_control: dict[str, Any] = {}  # what depends on no training, kept from checkpoint to checkpoint
+
+    @property
+    def name(self) -> str:
+        return self.facts.get("name") or self.workdir.absolute().name
+
+    def at(self, step: int) -> "Run":
+        """The same at another checkpoint; all that does not depend on it is shared."""
+        other = copy.copy(self)
+        other.model = self.model.at(step)
+        return other
 
     @functools.cached_property
     def model(self) -> Model:
@@ -88,6 +133,21 @@ class Run:
         if not corpus.valid.n_tokens:
             raise UserError(f"{self.workdir} has no held-out text: data.valid_fraction or data.valid_source gives some")
         return corpus
+
+    @functools.cached_property
+    def pairs(self) -> list[minimal_pairs.Pair]:
+        return minimal_pairs.read(self.pair_files) if self.pair_files else minimal_pairs.generated()
+
+    @functools.cached_property
+    def wsd(self) -> word_sense.Data:
+        if not self.wsd_folder:
+            raise UserError("suite 'word_sense' reads sense-tagged corpora: --wsd=DIR names their folder")
+        return word_sense.find(self.wsd_folder)
+
+    @functools.cached_property
+    def initial(self) -> Model:
+        """The model before training: the control."""
+        return self.model.initial()
 
     @functools.cached_property
     def chosen(self) -> dict:
@@ -227,7 +287,7 @@ def evaluate_ngrams(run: Run, settings: Mapping) -> Outcome:
 def evaluate_samples(run: Run, settings: samples.Settings) -> Outcome:
     """Continuations or filled masks in samples.json; the row only points there."""
     made = samples.make(run.model, run.chosen["samples"], settings)
-    path = run.workdir / SAMPLES
+    path = run.output / SAMPLES
     before = json.loads(path.read_text("utf-8")) if path.exists() else []
     row = {"metric": "texts", "split": "valid", "n": len(made), "value": len(made), "predictions": SAMPLES}
     return Outcome([row], {SAMPLES: [*(one for one in before if one.get("step") != run.step), *made]})
@@ -252,7 +312,7 @@ def evaluate_pseudo_words(run: Run, settings: pseudo_words.Settings) -> Outcome:
                     bar.add(50)
             bar.add(done % 50)
             by_layer = np.stack(found, axis=1)
-            return {_layer_name(layer): by_layer[layer] for layer in range(len(by_layer))}
+            return {layer_name(layer): by_layer[layer] for layer in range(len(by_layer))}
 
         return embed
 
@@ -280,10 +340,6 @@ def _fitting(model: Model, sentences: Sequence[list[str]], targets: Sequence[int
     return [words for words, _ in kept], [target for _, target in kept]
 
 
-def _layer_name(layer: int) -> str:
-    return f"layer {layer}" if layer else "embedding"
-
-
 def evaluate_overlap(run: Run, settings: Mapping, data: TaskData) -> Outcome:
     """The share of a task's runs of eight words, and of its examples, that the training text holds.
 
@@ -307,16 +363,81 @@ def evaluate_overlap(run: Run, settings: Mapping, data: TaskData) -> Outcome:
     return Outcome(rows, note=f"8-grams of {data.name} in the pretraining text: {shares}")
 
 
+def evaluate_minimal_pairs(run: Run, settings: Mapping) -> Outcome:
+    bar = Progress("minimal pairs", 2 * minimal_pairs.n_sentences(run.pairs), unit="sentences", enabled=run.progress)
+    judged = {"trained": minimal_pairs.judge(run.model, run.pairs, bar.add)}
+    judged["random_init"] = _of_control(
+        run, "minimal pairs", lambda: minimal_pairs.judge(run.initial, run.pairs, bar.add)
+    )
+    bar.close()
+    rows, table = minimal_pairs.summary(run.pairs, judged)
+    return Outcome(rows, tables=[table])
+
+
+def evaluate_zero_shot(run: Run, settings: Mapping, data: TaskData) -> Outcome:
+    bar = Progress(f"zero-shot {data.name}", 2 * zero_shot.n_scored(data), unit="examples", enabled=run.progress)
+    found = {"trained": zero_shot.measure(run.model, data, bar.add)}
+    found["random_init"] = _of_control(
+        run, f"zero-shot {data.name}", lambda: zero_shot.measure(run.initial, data, bar.add)
+    )
+    bar.close()
+    rows, table = zero_shot.summary(data, found)
+    return Outcome(rows, tables=[table])
+
+
+def evaluate_probes(run: Run, settings: probes.Settings, data: TaskData) -> Outcome:
+    probes.check(data)
+    bar = Progress(f"probes {data.name}", 2 * probes.n_steps(data, settings), unit="examples", enabled=run.progress)
+    found = {"trained": probes.measure(run.model, data, settings, bar.add)}
+    found["random_init"] = _of_control(
+        run, f"probes {data.name}", lambda: probes.measure(run.initial, data, settings, bar.add)
+    )
+    bar.close()
+    rows, tables = probes.summary(data, settings, found)
+    return Outcome(rows, tables=tables)
+
+
+def evaluate_word_sense(run: Run, settings: Mapping) -> Outcome:
+    bar = Progress("word senses", 2 * word_sense.n_sentences(run.wsd), unit="sentences", enabled=run.progress)
+    found = {"trained": word_sense.predict(run.model, run.wsd, bar.add)}
+    found["random_init"] = _of_control(run, "word sense", lambda: word_sense.predict(run.initial, run.wsd, bar.add))
+    bar.close()
+    rows, table = word_sense.summary(run.wsd, found)
+    return Outcome(rows, tables=[table])
+
+
+def _of_control(run: Run, name: str, measure: Callable[[], Any]) -> Any:
+    """What a model gives before training: the same at every checkpoint, so measured once in a process."""
+    if name not in run.of_control:
+        run.of_control[name] = measure()
+    return run.of_control[name]
+
+
+def _of_pairs(run: Run) -> str:
+    return f"{stable_hash('minimal pairs', *map(repr, run.pairs), bits=128):032x}"
+
+
+def _of_files(run: Run) -> str:
+    found = hashlib.sha256()
+    for path in run.wsd.files:
+        found.update(epath.Path(path).read_bytes())
+    return found.hexdigest()[:32]
+
+
 @dataclasses.dataclass(frozen=True)
 class Suite:
     """function(run, settings) -> Outcome, of a suite of tasks function(run, settings, data), once for each task.
 
-    settings: a mapping or a dataclass, a part of what makes rows the same.
+    settings: a mapping or a dataclass, a part of what makes rows the same. of_corpus: reads the text that the run was
+    trained on. fingerprint: of what else a suite reads. headline: a regex of the metrics shown over checkpoints.
     """
 
     function: Callable[..., Outcome]
     settings: Any
     of_tasks: bool = False
+    of_corpus: bool = True
+    fingerprint: Callable[[Run], str] | None = None
+    headline: str = ".*"
 
 
 SUITES: dict[str, Suite] = {
@@ -325,18 +446,62 @@ SUITES: dict[str, Suite] = {
     "pseudo_words": Suite(evaluate_pseudo_words, pseudo_words.Settings()),
     "perplexity": Suite(evaluate_perplexity, {}),
     "overlap": Suite(evaluate_overlap, {"length": COPIED_WORDS}, of_tasks=True),
+    "minimal_pairs": Suite(
+        evaluate_minimal_pairs, {}, of_corpus=False, fingerprint=_of_pairs, headline=r".*/(all|mean over phenomena)"
+    ),
+    "zero_shot": Suite(evaluate_zero_shot, {}, of_tasks=True, of_corpus=False),
+    "probes": Suite(
+        evaluate_probes, probes.Settings(), of_tasks=True, of_corpus=False, headline=r".*/trained/(last|mean)/.*"
+    ),
+    "word_sense": Suite(
+        evaluate_word_sense, {}, of_corpus=False, fingerprint=_of_files, headline=r"(first_sense|trained/last/.*)/all"
+    ),
 }
 
 
 # ------------------------------------------------------------------------------------------------------- running them
 
 
+def every_step(spec: str, names: Sequence[str], *, show: Callable[[str], None] = print, **options) -> None:
+    """`evaluate` at every kept checkpoint of SRC@all, oldest first; shows how the suites' headlines go over steps.
+
+    options: of `Run` (tasks, pairs, wsd, output, progress) and of `evaluate` (again, say).
+    """
+    source = spec.removesuffix("@all")
+    if not is_run(source):
+        raise UserError(f"model {spec!r}: @all means all checkpoints of a run, and {source} is no run of ours")
+    steps = checkpoint.kept_steps(source)
+    told = {key: options.pop(key) for key in ("again", "say") if key in options}
+    run = Run(f"{source}@{steps[0]}", **options)
+    for step in steps:
+        run = run if step == steps[0] else run.at(step)
+        evaluate(run, names, show=lambda text: None, **told)
+    for name in dict.fromkeys(names):
+        show(over_steps(run, name, steps).text() + "\n")
+
+
+def over_steps(run: Run, name: str, steps: Sequence[int]) -> Table:
+    """The headline metrics of a suite, a row each, over checkpoints."""
+    values: dict[tuple[str, str], dict[int, float]] = {}
+    for row in _rows_there(run, name):
+        if row.step in steps and re.fullmatch(SUITES[name].headline, row.metric):
+            values.setdefault((row.metric, row.split), {})[row.step] = row.value
+    body = [[metric, split, *(found.get(step) for step in steps)] for (metric, split), found in values.items()]
+    return Table(f"{name} of {run.name} over steps", ["metric", "split", *(f"{step:,}" for step in steps)], body)
+
+
 def evaluate(
-    run: Run, names: Sequence[str], *, again: bool = False, say: Callable[[str], None] = print
+    run: Run,
+    names: Sequence[str],
+    *,
+    again: bool = False,
+    say: Callable[[str], None] = print,
+    show: Callable[[str], None] = lambda text: None,
 ) -> list[metrics.Result]:
     """Runs the suites in this order; returns the rows that were appended to results.jsonl.
 
-    again: also those that are there. say: gets a line for each suite.
+    again: also those that are there. say: gets a line for each suite. show: gets the tables of those that have some,
+    also where they were there already.
 
     Errors: UserError for an unknown suite and for one of tasks without a task, before anything runs, and whatever a
     suite refuses.
@@ -346,50 +511,84 @@ def evaluate(
             raise UserError(f"suite {name!r} is not known: choose from {', '.join(SUITES)}")
         if SUITES[name].of_tasks and not run.tasks:
             raise UserError(f"suite {name!r} is measured on tasks: --task=NAME[,files=...] names one")
+        if SUITES[name].of_corpus and not run.is_run:
+            raise UserError(f"suite {name!r} reads the text that a run was trained on; {run.source} is no run of ours")
+        if SUITES[name].fingerprint is not None:
+            SUITES[name].fingerprint(run)  # what is wrong with its files is said before anything runs
     appended: list[metrics.Result] = []
     for name in dict.fromkeys(names):
         for data in run.tasks if SUITES[name].of_tasks else (None,):
-            appended += _evaluate_one(run, name, data, again, say)
+            appended += _evaluate_one(run, name, data, again, say, show)
     return appended
 
 
-def _evaluate_one(run: Run, name: str, data: TaskData | None, again: bool, say: Callable) -> list[metrics.Result]:
+def _evaluate_one(
+    run: Run, name: str, data: TaskData | None, again: bool, say: Callable, show: Callable
+) -> list[metrics.Result]:
     suite, label = SUITES[name], name if data is None else f"{name} {data.name}"
-    stamp = _stamp(run, suite.settings, data)
+    stamp = _stamp(run, suite, data)
     if not again and _is_there(run, name, label, stamp):
         say(f"{label}: there already for step {run.step:,}")
+        _show(run, label, show)
         return []
     began = time.perf_counter()
     outcome = suite.function(run, suite.settings, *(() if data is None else (data,)))
-    rows = [_row(run, name, row) for row in outcome.rows]
-    for file, value in outcome.files.items():
-        metrics.write_atomically(run.workdir / file, json.dumps(value, indent=1) + "\n")
-    metrics.append_results(run.workdir, rows)
+    files = dict(outcome.files)
+    if outcome.tables:
+        path = _tables_path(run, label)
+        files[path] = {"model": run.source, "step": run.step, **stamp, "tables": list(map(vars, outcome.tables))}
+        rows = [_row(run, name, row | {"predictions": path}) for row in outcome.rows]
+    else:
+        rows = [_row(run, name, row) for row in outcome.rows]
+    for file, value in files.items():
+        metrics.write_atomically(run.output / file, json.dumps(value, indent=1) + "\n")
+    metrics.append_results(run.output, rows)
     _note(run, label, stamp)
     seconds = time.perf_counter() - began
     note = f" ({outcome.note})" if outcome.note else ""
     say(f"{label}: step {run.step:,}, {len(rows)} rows in {seconds:.1f} s{note}")
+    _show(run, label, show)
     return rows
+
+
+def _tables_path(run: Run, label: str) -> str:
+    """In the output folder; several models may share one that is no run's."""
+    own = "" if run.output == run.workdir else f"{run.name} "
+    return f"{TABLES}/{own}{label} {run.step}.json".replace(" ", "-")
+
+
+def _show(run: Run, label: str, show: Callable[[str], None]) -> None:
+    path = run.output / _tables_path(run, label)
+    if path.exists():
+        for table in json.loads(path.read_text("utf-8"))["tables"]:
+            show(Table(**table).text() + "\n")
 
 
 def _row(run: Run, suite: str, row: Mapping) -> metrics.Result:
     values = {key: value for key, value in row.items() if key != "suite"}
-    name = run.facts.get("name") or run.workdir.absolute().name
-    return metrics.Result(run=name, step=run.step, suite=suite, pretrain_seed=run.config.seed, head_seed=None, **values)
+    return metrics.Result(
+        run=run.name, step=run.step, suite=suite, pretrain_seed=run.config.seed, head_seed=None, **values
+    )
 
 
-def _stamp(run: Run, settings: Any, data: TaskData | None) -> dict:
+def _stamp(run: Run, suite: Suite, data: TaskData | None) -> dict:
     """What rows of a suite depend on beside the checkpoint; comes back from JSON as it was."""
+    settings = suite.settings
     settings = dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else dict(settings)
-    evaluation = {"eval": run.config.eval.to_dict()}
-    stamp = {"version": VERSION, "corpus": run.corpus.meta["fingerprint"], "settings": settings, **evaluation}
+    stamp: dict[str, Any] = {"version": VERSION}
+    if suite.of_corpus:
+        stamp |= {"corpus": run.corpus.meta["fingerprint"], "settings": settings, "eval": run.config.eval.to_dict()}
+    else:
+        stamp |= {"model": run.model.fingerprint, "settings": settings}
+    if suite.fingerprint is not None:
+        stamp["files"] = suite.fingerprint(run)
     if data is not None:
         stamp["task"] = data.fingerprint
     return json.loads(json.dumps(stamp))
 
 
 def _noted(run: Run) -> dict:
-    path = run.workdir / EVALUATIONS
+    path = run.output / EVALUATIONS
     try:
         return json.loads(path.read_text("utf-8")) if path.exists() else {}
     except ValueError:
@@ -397,16 +596,24 @@ def _noted(run: Run) -> dict:
 
 
 def _is_there(run: Run, name: str, label: str, stamp: dict) -> bool:
-    if _noted(run).get(f"{label}@{run.step}") != stamp:
+    if _noted(run).get(_noted_as(run, label)) != stamp:
         return False
-    if not all(
-        (run.workdir / file).exists() for file in {"samples": (SAMPLES,), "pseudo_words": (SENSES,)}.get(name, ())
-    ):
+    files = {"samples": (SAMPLES,), "pseudo_words": (SENSES,)}.get(name, ())
+    if not SUITES[name].of_corpus:
+        files = (_tables_path(run, label),)
+    if not all((run.output / file).exists() for file in files):
         return False
-    there = {row.suite for row in metrics.read_results(run.workdir) if row.step == run.step}
-    return name in there or name == "pseudo_words"
+    return name == "pseudo_words" or any(row.step == run.step for row in _rows_there(run, name))
+
+
+def _rows_there(run: Run, name: str) -> list[metrics.Result]:
+    return [row for row in metrics.read_results(run.output) if row.suite == name and row.run == run.name]
+
+
+def _noted_as(run: Run, label: str) -> str:
+    return f"{label}@{run.step}" if run.output == run.workdir else f"{run.source}: {label}@{run.step}"
 
 
 def _note(run: Run, label: str, stamp: dict) -> None:
-    noted = _noted(run) | {f"{label}@{run.step}": stamp}
-    metrics.write_atomically(run.workdir / EVALUATIONS, json.dumps(noted, indent=1) + "\n")
+    noted = _noted(run) | {_noted_as(run, label): stamp}
+    metrics.write_atomically(run.output / EVALUATIONS, json.dumps(noted, indent=1) + "\n")

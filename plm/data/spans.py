@@ -35,16 +35,17 @@ def windows(n: int, room: int, stride: int = STRIDE) -> np.ndarray:
     return np.array([(start, min(start + room, n)) for start in starts], np.int64)
 
 
-def most_context(spans: np.ndarray, n: int) -> np.ndarray:
+def most_context(spans: np.ndarray, n: int, *, sees_right: bool = True) -> np.ndarray:
     """int64 [n]: for each piece the window with most context: the smaller of the numbers of pieces left and right of
     it, plus a hundredth of the window's length; of equal ones the first.
 
-    spans: int [windows, 2] of `windows`, which together cover all n pieces.
+    spans: int [windows, 2] of `windows`, which together cover all n pieces. sees_right: a model that sees the left
+    side only has its context there, so only that counts.
     """
     best, owner = np.full(n, -1.0), np.zeros(n, np.int64)
     for number, (start, stop) in enumerate(spans):
         left = np.arange(stop - start)
-        score = np.minimum(left, left[::-1]) + 0.01 * (stop - start)
+        score = np.minimum(left, left[::-1]) + 0.01 * (stop - start) if sees_right else left
         better = score > best[start:stop]
         best[start:stop][better] = score[better]
         owner[start:stop][better] = number

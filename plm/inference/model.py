@@ -185,7 +185,7 @@ class Model:
     @property
     def _layer_shape(self) -> tuple[int, int]:
         if "layers" not in self._shared:
-            batch = self.batch([[0]], 1, batches.SHORTEST, [])
+            batch = self.batch([[0]], 1, batches.bucket(1, self.longest), [])
             found = jax.eval_shape(lambda p: self.graph.bind(p)(batch, {}, layers=True)[0]["layers"], self.params)
             self._shared["layers"] = found.shape[0], found.shape[-1]
         return self._shared["layers"]
@@ -197,6 +197,12 @@ class Model:
         model = sorted(self.config.model.to_dict().items(), key=lambda item: item[0])
         parts = (sorted(sums.items()), str(model), self.config.data.layout, self.tokenizer.fingerprint)
         return f"{stable_hash('model', *map(str, parts), bits=128):032x}"
+
+    def at(self, step: int) -> "Model":
+        """Another checkpoint of the same run; compiled programs are shared."""
+        params, step = checkpoint.restore_params(self.source, step)
+        _check(self.graph, params, self.source)
+        return dataclasses.replace(self, params=params, step=step)
 
     def initial(self) -> "Model":
         """This model before training; compiled programs are shared."""
@@ -265,12 +271,15 @@ class Model:
         of a word's rows of the embedding table, or what the characters' convolutions give."""
         return embedding.static(self, words)
 
-    def score(self, texts: Sequence[Text], *, within_words: bool = False) -> "list[scoring.Score]":
+    def score(
+        self, texts: Sequence[Text], *, within_words: bool = False, from_word: Sequence[int] | None = None
+    ) -> "list[scoring.Score]":
         """Log-likelihoods of texts and of each of their pieces, in nats; see `scoring` for what a model can give.
 
-        within_words: of a masked model: pieces behind the masked one in the same word are masked too.
+        within_words: of a masked model: pieces behind the masked one in the same word are masked too. from_word: for
+        each text the first word that is scored; those before it are read only, and their pieces score 0.
         """
-        return scoring.score(self, texts, within_words)
+        return scoring.score(self, texts, within_words, from_word)
 
     def generate(
         self,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from plm.data import spans
 from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
 
@@ -98,25 +99,17 @@ class Window:
 def windows(text: int, n: int, room: int | None, stride: int, *, sees_right: bool) -> list[Window]:
     """The windows of a text of n pieces: one if it fits into `room`, else one every `stride` pieces.
 
-    Each piece is taken from the window in which it has most context, the max-context rule of BERT's code for SQuAD:
-    the smaller of what is left and right of it, plus a hundredth of the window's length (the last one is shorter); the
-    first of equals. A model that sees the left side only has its context there, so only that counts.
+    Each piece is taken from the window in which it has most context, the rule of BERT's code for SQuAD
+    (`plm.data.spans.most_context`).
     """
     if room is None or n <= room:
         return [Window(text, 0, n, 0, n)]
-    starts = range(0, n - room + stride, stride)
-    best, owner = np.full(n, -1.0), np.zeros(n, np.int64)
-    for number, start in enumerate(starts):
-        stop = min(start + room, n)
-        left = np.arange(stop - start, dtype=np.float64)
-        score = np.minimum(left, left[::-1]) + 0.01 * (stop - start) if sees_right else left
-        better = score > best[start:stop]
-        best[start:stop][better] = score[better]
-        owner[start:stop][better] = number
-    firsts = np.searchsorted(owner, np.arange(len(starts)), side="left")
-    lasts = np.searchsorted(owner, np.arange(len(starts)), side="right")
+    found = spans.windows(n, room, stride)
+    owner = spans.most_context(found, n, sees_right=sees_right)
+    numbers = np.arange(len(found))
+    firsts, lasts = np.searchsorted(owner, numbers, side="left"), np.searchsorted(owner, numbers, side="right")
     return [
-        Window(text, start, min(start + room, n), int(first), int(last))
-        for start, first, last in zip(starts, firsts, lasts, strict=True)
+        Window(text, int(start), int(stop), int(first), int(last))
+        for (start, stop), first, last in zip(found, firsts, lasts, strict=True)
         if last > first
     ]

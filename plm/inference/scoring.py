@@ -47,19 +47,23 @@ class Score:
         return float(self.by_piece.sum())
 
 
-def score(model, texts: Sequence[Text], within_words: bool) -> list[Score]:
+def score(model, texts: Sequence[Text], within_words: bool, from_word: Sequence[int] | None) -> list[Score]:
     """See `Model.score`."""
     read = reading.read(model.tokenizer, texts)
-    if model.head == "masked":
-        found = {"masked": _masked(model, read, within_words)}
+    if from_word is None:
+        first = [0] * len(texts)
     else:
-        found = _running(model, read)
+        first = [int(np.searchsorted(word, start)) for word, start in zip(read.word, from_word, strict=True)]
+    if model.head == "masked":
+        found = {"masked": _masked(model, read, within_words, first)}
+    else:
+        found = _running(model, read, first)
     tokens = reading.tokenize(model.tokenizer, texts)
     return [Score(one, {name: found[name][text] for name in found}) for text, one in enumerate(tokens)]
 
 
-def _running(model, read: reading.Reading) -> dict[str, list[np.ndarray]]:
-    """{direction: [log-likelihood of each piece] of each text}."""
+def _running(model, read: reading.Reading, first: Sequence[int]) -> dict[str, list[np.ndarray]]:
+    """{direction: [log-likelihood of each piece] of each text}; 0 for pieces before the first one that is wanted."""
     before, after = model.frame
     if not before:
         before = (model.tokenizer.role("eod"),)
@@ -72,6 +76,7 @@ def _running(model, read: reading.Reading) -> dict[str, list[np.ndarray]]:
         for window in reading.windows(
             text, len(ids), room, max((room or 1) // 2, 1), sees_right=model.direction == "both"
         )
+        if window.last > first[text]
     ]
     names = ("forward", "backward") if model.direction == "both" else ("forward",)
     found = {name: [np.zeros(len(ids)) for ids in read.ids] for name in names}
@@ -86,15 +91,16 @@ def _running(model, read: reading.Reading) -> dict[str, list[np.ndarray]]:
             values = np.asarray(values, np.float64)
             for row, window in enumerate(here):
                 at = len(before) - window.start
-                found[name][window.text][window.first : window.last] = values[row, window.first + at : window.last + at]
+                start = max(window.first, first[window.text])
+                found[name][window.text][start : window.last] = values[row, start + at : window.last + at]
     return found
 
 
-def _masked(model, read: reading.Reading, within_words: bool) -> list[np.ndarray]:
+def _masked(model, read: reading.Reading, within_words: bool, first: Sequence[int]) -> list[np.ndarray]:
     before, after = model.frame
     mask = model.tokenizer.role("mask")
     room = None if model.longest is None else model.longest - len(before) - len(after)
-    places = [(text, place) for text, ids in enumerate(read.ids) for place in range(len(ids))]
+    places = [(text, place) for text, ids in enumerate(read.ids) for place in range(first[text], len(ids))]
     sizes = [len(ids) if room is None else min(len(ids), room) for ids in read.ids]
     found = [np.zeros(len(ids)) for ids in read.ids]
     lengths = [len(before) + sizes[text] + len(after) for text, _ in places]

@@ -461,6 +461,11 @@ class Checkpoints:
 # Reading from another run
 
 
+def kept_steps(source: epath.PathLike) -> list[int]:
+    """Steps of the checkpoints in the workdir `source`, oldest first. Errors: UserError without one."""
+    return _candidates(source, None)[1][::-1]
+
+
 def _candidates(source: epath.PathLike, step: int | None) -> tuple[epath.Path, list[int]]:
     directory = epath.Path(source) / FOLDER
     if "://" not in str(source):

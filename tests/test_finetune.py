@@ -8,7 +8,7 @@ import pytest
 from fixtures import children, corpus
 from fixtures.children import ROOT, RUNS
 
-from plm.analysis import task_suite
+from plm.analysis import suites, task_suite
 from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
 from plm.inference import model as models
@@ -85,8 +85,8 @@ def test_bert_is_tuned_stopped_and_resumed_as_if_it_never_stopped(sources, task,
     facts = RunRecord(tmp_path / "whole", enabled=False).facts
     assert facts["starts_from"]["source"] == str(sources / "pairs")
     rows = {row.metric: row for row in read_results(tmp_path / "whole")}
-    row = rows["accuracy"]
-    assert (row.suite, row.pretrain_seed, row.head_seed, row.split) == ("custom", 7, 0, "dev, first half")
+    row = rows["custom/accuracy"]
+    assert (row.suite, row.pretrain_seed, row.head_seed, row.split) == ("task", 7, 0, "dev, first half")
     saved = configs.from_json((tmp_path / "whole/config.json").read_text())
     assert (saved.objectives.classify.classes, saved.optimizer.warmup_steps) == (2, 1)
 
@@ -154,6 +154,14 @@ def test_a_finished_run_is_reported_once_with_its_predictions(sources, task, tmp
     assert (selection.name, report.name) == ("dev, first half", "dev, second half")
     assert (selection.n, report.n) == (10, 10)
     assert selection.values["accuracy"] == pytest.approx(values["eval/accuracy"])
+    run = suites.Run(str(tmp_path / "run"), progress=False)
+    shown: list[str] = []
+    rows = suites.evaluate(run, ["task"], say=lambda line: None, show=shown.append)
+    assert [(row.split, row.pretrain_seed) for row in rows] == [("dev, first half", 7), ("dev, second half", 7)]
+    assert rows[1].value == report.values["accuracy"]
+    assert (tmp_path / "run" / rows[1].predictions).read_text() == report.text
+    assert "dev, second half" in shown[0]
+    assert suites.evaluate(run, ["task"], say=lambda line: None) == []
     lines = [json.loads(line) for line in report.text.splitlines()]
     assert {line["prediction"] for line in lines} <= {"no", "yes"}
     # Other batches and widths give the same predictions.

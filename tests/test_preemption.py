@@ -16,7 +16,7 @@ from test_loop import assert_same_checkpoint, losses_of
 
 from plm.command import INTERRUPTED
 from plm.training import config as configs
-from plm.training import loop, preemption
+from plm.training import loop, preemption, program
 from plm.training.metrics import RunRecord
 from plm.training.sharding import make_mesh
 
@@ -54,7 +54,7 @@ def uninterrupted(whole, text, compiled_once):
 
 def signalled(monkeypatch, at_step: int, number: int) -> None:
     """This process gets a signal in the middle of a step."""
-    real_make = loop.make_train_step
+    real_make = program.make_train_step
 
     def make(*arguments, **options):
         step = real_make(*arguments, **options)
@@ -67,7 +67,7 @@ def signalled(monkeypatch, at_step: int, number: int) -> None:
 
         return run
 
-    monkeypatch.setattr(loop, "make_train_step", make)
+    monkeypatch.setattr(program, "make_train_step", make)
 
 
 @pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 7), (signal.SIGUSR1, 12)])
@@ -90,7 +90,7 @@ def test_a_signal_stops_after_the_step_and_nothing_is_lost(number, step, uninter
 
 def slow_steps() -> None:
     """In a child: a step takes long, so that a signal finds one."""
-    real_make = loop.make_train_step
+    real_make = program.make_train_step
 
     def make(*arguments, **options):
         step = real_make(*arguments, **options)

@@ -33,6 +33,7 @@ from plm.analysis import (
     probes,
     pseudo_words,
     samples,
+    task_suite,
     word_sense,
     zero_shot,
 )
@@ -50,6 +51,7 @@ from plm.training import checkpoint, metrics, sharding
 from plm.training.loop import Evaluator
 from plm.training.objectives import make_objectives
 from plm.training.program import carries, compute_dtype, make_batches
+from plm.training.record import seeds
 
 EVALUATIONS, SAMPLES, SENSES = "evaluations.json", "samples.json", "senses.json"
 TABLES = "evaluations"  # the folder of what suites show
@@ -406,6 +408,19 @@ def evaluate_word_sense(run: Run, settings: Mapping) -> Outcome:
     return Outcome(rows, tables=[table])
 
 
+def evaluate_task(run: Run, settings: Mapping) -> Outcome:
+    """A fine-tuned run on its own task: what it was selected by, and what is reported."""
+    predictor = task_suite.Predictor(run.config, run.tokenizer, run.model.params, progress=run.progress)
+    rows, body = [], []
+    for part in task_suite.evaluate(predictor):
+        file = task_suite.write_predictions(run.output, predictor.task, run.step, part)
+        shared = {"split": part.name, "n": part.n, "predictions": file}
+        rows += [shared | {"metric": f"{predictor.task.name}/{m}", "value": v} for m, v in part.values.items()]
+        body += [[m, part.name, part.n, v] for m, v in part.values.items()] or [["(no labels)", part.name, part.n, ""]]
+    table = Table(f"{predictor.task.name} by {run.name}", ["metric", "examples of", "n", "value"], body)
+    return Outcome(rows, tables=[table], note=f"predictions in {run.output / task_suite.FOLDER}")
+
+
 def _of_control(run: Run, name: str, measure: Callable[[], Any]) -> Any:
     """What a model gives before training: the same at every checkpoint, so measured once in a process."""
     if name not in run.of_control:
@@ -453,6 +468,7 @@ SUITES: dict[str, Suite] = {
     "probes": Suite(
         evaluate_probes, probes.Settings(), of_tasks=True, of_corpus=False, headline=r".*/trained/(last|mean)/.*"
     ),
+    "task": Suite(evaluate_task, {}, of_corpus=False),
     "word_sense": Suite(
         evaluate_word_sense, {}, of_corpus=False, fingerprint=_of_files, headline=r"(first_sense|trained/last/.*)/all"
     ),
@@ -537,7 +553,7 @@ def _evaluate_one(
     if outcome.tables:
         path = _tables_path(run, label)
         files[path] = {"model": run.source, "step": run.step, **stamp, "tables": list(map(vars, outcome.tables))}
-        rows = [_row(run, name, row | {"predictions": path}) for row in outcome.rows]
+        rows = [_row(run, name, {"predictions": path} | row) for row in outcome.rows]
     else:
         rows = [_row(run, name, row) for row in outcome.rows]
     for file, value in files.items():
@@ -566,9 +582,7 @@ def _show(run: Run, label: str, show: Callable[[str], None]) -> None:
 
 def _row(run: Run, suite: str, row: Mapping) -> metrics.Result:
     values = {key: value for key, value in row.items() if key != "suite"}
-    return metrics.Result(
-        run=run.name, step=run.step, suite=suite, pretrain_seed=run.config.seed, head_seed=None, **values
-    )
+    return metrics.Result(run=run.name, step=run.step, suite=suite, **seeds(run.config, run.facts), **values)
 
 
 def _stamp(run: Run, suite: Suite, data: TaskData | None) -> dict:

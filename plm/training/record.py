@@ -18,6 +18,16 @@ from plm.training import config as configs
 CONFIG, TOKENIZER = "config.json", "tokenizer"
 
 
+def seeds(config, facts: Mapping) -> dict[str, int | None]:
+    """Of a row of results: a task's run has a seed of its own, and that of the pretraining that it starts from.
+
+    facts: of run.json.
+    """
+    if config.data.layout != "task":
+        return {"pretrain_seed": config.seed, "head_seed": None}
+    return {"pretrain_seed": (facts.get("starts_from") or {}).get("pretrain_seed"), "head_seed": config.seed}
+
+
 class Record:
     """config.json, tokenizer, run.json, metrics.jsonl and results.jsonl of a run, and its progress.
 
@@ -145,13 +155,6 @@ class Record:
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self._began
 
-    def seeds(self) -> dict[str, int | None]:
-        """Of a row of results: a task's run has its own seed, and that of the pretraining that it starts from."""
-        if self.task is None:
-            return {"pretrain_seed": self.config.seed, "head_seed": None}
-        before = self.run.facts.get("starts_from") or {}
-        return {"pretrain_seed": before.get("pretrain_seed"), "head_seed": self.config.seed}
-
     def train(self, step: int, numbers: Mapping[str, float], *, line: bool = False) -> None:
         """Takes a step's numbers; every `log.every_steps`, or if `line`, writes the means since the last line."""
         for name in numbers:
@@ -206,15 +209,16 @@ class Record:
         self._progress.message(f"step {step}: held-out {shown}")
         if not self.enabled:
             return
+        prefix = "" if self.task is None else f"{self.task}/"
         metrics.append_results(
             self.workdir,
             [
                 metrics.Result(
                     run=self.run.facts["name"],
                     step=step,
-                    suite="pretraining" if self.task is None else self.task,
-                    metric=name.removeprefix("eval/"),
-                    **self.seeds(),
+                    suite="pretraining" if self.task is None else "task",
+                    metric=f"{prefix}{name.removeprefix('eval/')}",
+                    **seeds(self.config, self.run.facts),
                     split="valid" if self.task is None else self.held_out,
                     n=values.get(f"{name}_targets", 0.0),
                     value=value,

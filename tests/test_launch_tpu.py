@@ -195,8 +195,9 @@ def test_machines_that_never_work_are_given_up(gcloud, stub, tmp_path, capsys):
     assert not (gcloud / "state").exists()
 
 
-def test_ctrl_c_saves_and_deletes(gcloud, stub, tmp_path):
-    """The command itself; typed again, it goes on."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_launcher_that_ends_goes_on_when_it_is_typed_again(number, gcloud, stub, tmp_path):
+    """Ctrl-C saves and deletes; after kill -9 the next one deletes what it finds."""
     root = tmp_path / "root"
     plan(gcloud)
     code = (
@@ -211,12 +212,14 @@ def test_ctrl_c_saves_and_deletes(gcloud, stub, tmp_path):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     assert process.wait(60) != 0
-    assert verbs(gcloud) == [*ONCE[:-1], "stop", "delete"]
-    assert not (gcloud / "state").exists()
-    saved = int((root / "elmo" / "saved").read_text())
-    assert 0 < saved < 100
+    if number == signal.SIGINT:
+        assert verbs(gcloud) == [*ONCE[:-1], "stop", "delete"]
+        assert not (gcloud / "state").exists()
+        assert 0 < int((root / "elmo" / "saved").read_text()) < 100
+    else:
+        assert (gcloud / "state").exists()
     assert points.state(root / "elmo") == "interrupted"
     assert launch(point_of(), root, options_of()) == 0
     steps = [json.loads(line)["step"] for line in (root / "elmo" / "metrics.jsonl").read_text().splitlines()]

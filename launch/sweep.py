@@ -115,9 +115,10 @@ def launch(
     for point in chosen:
         _check_same_point(point, root / point.name, texts[point.name])
     again = ("waiting", "interrupted", *(["failed"] if retry == "failed" else []))
+    jobs = backend.jobs()
+    # Before the lock is ours: a point that another launcher watches is known by its lock.
+    states = {point.name: state(root / point.name, jobs) for point in chosen}
     with OnlyOne(root):
-        jobs = backend.jobs()
-        states = {point.name: state(root / point.name, jobs) for point in chosen}
         for point in chosen:
             record = read_json(root / point.name / RECORD)
             if states[point.name] == "running" and record.get("backend") == "local":

@@ -233,6 +233,8 @@ def run(points: Sequence[Point], records: Records, options: Options, *, workers:
                     concurrent.futures.wait(lives, timeout=min(1.0, options.poll_seconds))
             finally:
                 stop.set()
+                if not all(life.done() for life in lives):
+                    print("stopping: runs save themselves, then what was created is deleted; please wait", flush=True)
                 for life in lives:
                     life.cancel()
         for life in lives:
@@ -325,7 +327,11 @@ class _Life:
         """The exit code that the workers left, once all is over."""
         while True:
             now = self._state()
-            code = self._code()
+            try:
+                code = self._code()
+            except OSError as error:  # of the network, mostly; the run does not mind
+                self.say(f"cannot read {self.commands.attempt(self.number)}, trying again: {error}")
+                code = None
             if code is not None:
                 return code
             if now != "ACTIVE":

@@ -6,9 +6,12 @@ ATTEMPT/log.I.txt is replaced every half minute and at the end, where I is the w
 ATTEMPT/code.I appears last. SIGTERM (the machine is going down, or the launcher says stop) is passed on to the command.
 """
 
+import contextlib
 import signal
 import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 from absl import flags
@@ -19,12 +22,16 @@ from plm import command, processes
 EVERY_SECONDS = 30.0
 
 
-def _exit_code(process: subprocess.Popen, publish) -> int:
-    while True:
+def _write(path: epath.Path, content: bytes, tries: int) -> None:
+    """A bucket that cannot be reached for a moment is no reason to stop a run."""
+    for attempt in range(1, tries + 1):
         try:
-            return process.wait(timeout=EVERY_SECONDS)
-        except subprocess.TimeoutExpired:
-            publish()
+            path.write_bytes(content)
+            return
+        except Exception as error:  # each client of object storage has its own
+            print(f"{path} could not be written ({attempt} of {tries}): {error}", file=sys.stderr, flush=True)
+            if attempt < tries:
+                time.sleep(5.0)
 
 
 def main(arguments: list[str]) -> int:
@@ -35,13 +42,13 @@ def main(arguments: list[str]) -> int:
         with local.open("wb") as output:
             process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
             signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
-
-            def publish() -> None:
-                (attempt / f"log.{index}.txt").write_bytes(local.read_bytes())
-
-            code = _exit_code(process, publish)
-        publish()
-    (attempt / f"code.{index}").write_text(f"{code}\n")
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=EVERY_SECONDS)
+                ended = process.returncode is not None
+                _write(attempt / f"log.{index}.txt", local.read_bytes(), tries=5 if ended else 1)
+    code = process.returncode
+    _write(attempt / f"code.{index}", f"{code}\n".encode(), tries=5)
     return code if code >= 0 else 128 - code
 
 

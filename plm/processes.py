@@ -168,7 +168,8 @@ def joined(values: flags.FlagValues) -> Iterator[None]:
     peers = _Peers(processes, values.join_seconds, values.peer_seconds)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # Signals are heard by plm.training.preemption; JAX's service would take SIGTERM and keep it to itself.
-    jax.config.update("jax_enable_preemption_service", False)
+    if "jax_enable_preemption_service" in jax.config.values:
+        jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         processes.address,
         processes.count,
@@ -235,16 +236,19 @@ class _Peers:
                     continue
                 problem = self._problem(hello, lines)
                 if problem is None:
-                    line.name = f"process {hello['index']} of {count} (host {hello['host']}, process id {hello['pid']})"
+                    line.name = (
+                        f"process {hello['index']} of {count} (host {hello.get('host')}, process id {hello['pid']})"
+                    )
                     lines[hello["index"]] = line
-                elif hello:
+                else:
                     line.send(refused=problem)
+                    line.socket.close()
         for line in lines.values():
             line.send(go=True)
         return lines
 
     def _problem(self, hello: dict, lines: dict) -> str | None:
-        if "index" not in hello:
+        if not all(isinstance(hello.get(name), int) for name in ("index", "count", "pid")):
             return "not a process of ours"
         if hello["count"] != self.processes.count:
             return f"--num_processes={hello['count']} here and {self.processes.count} in process 0 must be the same"

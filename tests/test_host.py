@@ -2,10 +2,13 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from fixtures import children, corpus
 
 STEP = """
 import json, resource, sys
@@ -55,3 +58,53 @@ def test_the_second_start_finds_its_programs_and_keeps_its_memory(tmp_path):
 def test_a_folder_that_the_user_chose_stays(tmp_path):
     chosen = str(tmp_path / "chosen")
     assert start(tmp_path, "kept", JAX_COMPILATION_CACHE_DIR=chosen)["folder"] == chosen
+
+
+def count_programs() -> None:
+    """In a child: notes how many programs it compiled anew and how many it found."""
+    import jax.monitoring
+
+    seen = {"cache_hits": 0, "cache_misses": 0}
+
+    def note(name, **_):
+        kind = name.rsplit("/", 1)[-1]
+        if kind in seen:
+            seen[kind] += 1
+            Path(os.environ["WATCH"]).write_text(json.dumps(seen))
+
+    jax.monitoring.register_event_listener(note)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_second_start_of_a_run_compiles_nothing(count, tmp_path):
+    text = corpus.write(tmp_path / "corpus.txt")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    seen = []
+    for start in ("first", "second"):
+        arguments = [f"--config={children.RUNS}:blocks", f"--config.data.source=text:{text}", "--config.total_steps=4"]
+        started = []
+        for index in range(count):
+            many = [f"--coordinator_address={address}", f"--num_processes={count}", f"--process_id={index}"]
+            started.append(
+                children.start(
+                    "plm.train",
+                    *arguments,
+                    f"--workdir={tmp_path / start}",
+                    *(many if count > 1 else []),
+                    output=tmp_path / f"{start}.{index}.txt",
+                    before=[("test_host", "count_programs")],
+                    PLM_CACHE=tmp_path / "cache",
+                    WATCH=tmp_path / f"{start}.{index}.json",
+                    devices=1,
+                )
+            )
+        assert [child.wait() for child in started] == [0] * count, started[0].text
+        seen.append([json.loads((tmp_path / f"{start}.{index}.json").read_text()) for index in range(count)])
+    first, second = seen
+    assert first[0]["cache_misses"] > 5
+    for process in second:
+        assert process["cache_misses"] == 0
+        assert process["cache_hits"] > 5

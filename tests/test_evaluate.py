@@ -165,7 +165,7 @@ def test_bad_input_is_one_line(workdirs, tmp_path):
     run = suites.Run(str(workdirs["causal"]), progress=False)
     with pytest.raises(UserError, match="suite 'perplexities' is not known: choose from ngrams"):
         suites.evaluate(run, ["ngrams", "perplexities"])
-    with pytest.raises(UserError, match="is no run"):
+    with pytest.raises(UserError, match=r"no weights that are known here: a run.s workdir"):
         suites.Run(str(tmp_path))
     facts = json.loads((workdirs["causal"] / "run.json").read_text())
     run.facts = facts | {"corpus": facts["corpus"] | {"fingerprint": "another"}}

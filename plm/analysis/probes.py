@@ -11,13 +11,14 @@ order; for each the learning rate and the epoch with the best metric on the part
 on the other part is reported once (docs/protocol.md, 10). Controls: the same probes on the model before training,
 `majority` (always the commonest class) and, of tags, `word_majority` (the commonest of the word in training).
 
-Memory: vectors lie in a file of the cache that goes when the probes are done; a few thousand words are held at once.
+Memory: vectors lie in files of the cache's disk that go with the process; a few thousand words are held at once.
 """
 
 import dataclasses
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -103,11 +104,11 @@ def _size(example: Example) -> int:
 # ------------------------------------------------------------------------------------------------------------- features
 
 
-def embed(model, data: TaskData, examples: Sequence[Example], folder: str, done: Callable[[int], None]) -> Part:
+def embed(model, data: TaskData, examples: Sequence[Example], folder: Path, done: Callable[[int], None]) -> Part:
     """The vectors of all units of some examples, in a file of the folder."""
     starts = np.cumsum([0, *map(_size, examples)])
     shape = (len(alignments(data)), model.n_layers, int(starts[-1]), model.n_features)
-    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+    with tempfile.TemporaryFile(dir=folder) as file:  # it has no name, so a process that is killed leaves nothing
         vectors = np.memmap(file, np.float32, "w+", shape=shape)
     if data.task.kind == "tagging":
         texts = [example.words for example in examples]
@@ -290,8 +291,8 @@ def measure(
         return metric(selecting, grouped(data, selecting, flat), data.labels)
 
     folder = sources.cache_directory() / "probes"
-    with writable(folder), tempfile.TemporaryDirectory(dir=folder) as here:
-        learn, select, report = (embed(model, data, examples, here, done) for examples in (train, selecting, reported))
+    with writable(folder):
+        learn, select, report = (embed(model, data, part, folder, done) for part in (train, selecting, reported))
         return {
             alignment: fit(
                 (learn.vectors[place], learn.labels),

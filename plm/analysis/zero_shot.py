@@ -29,7 +29,7 @@ from plm.data.tasks import TaskData
 from plm.errors import UserError
 
 SENTIMENT = ("negative", "positive")  # what class 0 and class 1 are called
-CHUNK = 256  # examples scored together
+CHUNK = 2048  # examples scored together: the last batches of each chunk have shapes of their own
 
 Done = Callable[[int], None]
 

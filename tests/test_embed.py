@@ -16,9 +16,10 @@ from fixtures import children, corpus
 from fixtures.models import one_piece
 from safetensors.numpy import load_file
 
+from plm.data import reading
 from plm.embed import parse_layers
 from plm.errors import UserError
-from plm.inference import batches, embedding, model, reading, vector_file
+from plm.inference import batches, embedding, model, vector_file
 from plm.models.graph import build
 
 TEXTS = ["Bakelimo ramose, bali!", "Mo zazu ra.", "keli " * 3 + "xyzzy"]

@@ -10,8 +10,8 @@ from fixtures import corpus
 
 from plm.analysis import minimal_pairs
 from plm.analysis.minimal_pairs import Outcome, Pair
+from plm.data.reading import Tokens
 from plm.errors import UserError
-from plm.inference.reading import Tokens
 from plm.inference.scoring import Score
 
 

@@ -101,7 +101,7 @@ def slow_steps() -> None:
 
         return run
 
-    loop.make_train_step = make
+    program.make_train_step = make
 
 
 def start(text, workdir, *flags: str, output=None, **environment):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from plm.inference import reading
+from plm.data import reading
 
 ALIGNMENTS = ("last", "first_and_last")
 CHUNK = 4096  # texts whose ids and, of a model that reads characters, distinct words are held at once

@@ -25,10 +25,10 @@ from pathlib import Path
 
 import numpy as np
 
-from plm.data import static_vectors
+from plm.data import reading, static_vectors
 from plm.data.store import Progress
 from plm.errors import UserError
-from plm.inference import lines, reading
+from plm.inference import lines
 from plm.randomness import stable_hash
 
 AROUND = "\"'`.,;:!?()[]{}<>*_-“”‘’…"

@@ -35,10 +35,10 @@ import numpy as np
 
 from plm.data import sources, spans, store
 from plm.data.examples import Example, fraction
+from plm.data.reading import read
 from plm.data.tasks import TaskData
 from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
-from plm.inference.reading import read
 from plm.randomness import generator, stable_hash
 
 VERSION = 1  # raise it whenever the same examples and settings would become other rows

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from plm.data import reading
+from plm.data.reading import Reading, Text, Window
 from plm.errors import UserError
-from plm.inference import batches, reading
-from plm.inference.reading import Reading, Text, Window
+from plm.inference import batches
 from plm.models import scalar_mix
 from plm.models.graph import ModelGraph
 

@@ -24,11 +24,12 @@ import numpy as np
 from etils import epath
 
 from plm import weights
+from plm.data import reading
+from plm.data.reading import Text, Tokens
 from plm.data.task_rows import Frame
 from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
-from plm.inference import batches, embedding, filling, generation, reading, scoring
-from plm.inference.reading import Text, Tokens
+from plm.inference import batches, embedding, filling, generation, scoring
 from plm.models.graph import ModelGraph, build
 from plm.randomness import stable_hash
 from plm.training import checkpoint

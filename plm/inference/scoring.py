@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from plm.inference import batches, reading
-from plm.inference.reading import Text, Tokens
+from plm.data import reading
+from plm.data.reading import Text, Tokens
+from plm.inference import batches
 from plm.models.graph import ModelGraph
 
 LOGIT_ROWS = 512  # tokens whose scores over the vocabulary are held at once

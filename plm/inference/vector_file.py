@@ -29,9 +29,10 @@ from pathlib import Path
 
 import numpy as np
 
+from plm.data import reading
 from plm.data.store import Progress, locked
 from plm.errors import UserError
-from plm.inference import embedding, lines, reading
+from plm.inference import embedding, lines
 from plm.training.metrics import write_atomically
 
 VERSION = 1  # raise it whenever the same settings would give other numbers

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from html import escape
 from string import Template
 
-from plm.reporting import plots, tables
+from plm.reporting import plots, tables, transfer
 from plm.reporting.plots import Figure
 from plm.reporting.runs import Arm, Run, arms
 from plm.reporting.statistics import Summary
@@ -34,7 +34,8 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     every = arms(runs)
     look = plots.looks(every)
     panels = tables.panels(every)
-    result = []
+    on_task = transfer.table(runs)
+    result = [Section("Transfer", "", [on_task])] if on_task else []
     if every:
         result.append(Section("At a glance", tables.seed_note(every), [_cards(panels)]))
     else:

@@ -139,7 +139,9 @@ class Run:
         if self.record and not self.corpus:
             found.append("run.json has no corpus fingerprint: left out of the tables")
         if self.metrics:
-            have = {row.get("suite") for row in self.results}
+            have = {row.get("suite") for row in self.results if row.get("suite") != "task" or row.get("predictions")}
+            if (self.config.get("data") or {}).get("layout") == "task":
+                return found if "task" in have else [*found, "no results on the task: --suite=task"]
             names = {"ngrams": "n-grams", "pseudo_words": "pseudo-words"}
             found += [f"no {name}" for suite, name in names.items() if suite not in have]
             if not self.samples:

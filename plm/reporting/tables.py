@@ -192,7 +192,7 @@ MEASURES = (
     Measure("masked", "Masked pieces", "nats per masked piece", ("masked",), "masked"),
 )
 # Suites with tables of their own; `pretraining` repeats the held-out lines of metrics.jsonl.
-SHOWN_ELSEWHERE = ("pretraining", "ngrams", "pseudo_words", "samples")
+SHOWN_ELSEWHERE = ("pretraining", "ngrams", "pseudo_words", "samples", "task")
 NGRAM_NAMES = {1: "unigram", 2: "bigram", 3: "trigram"}
 
 

@@ -257,8 +257,8 @@ def _train_tables(result: dict) -> list[str]:
     lines += [
         "",
         "Share of products: the time that the step's matrix products would take at the speed of a 2048 x 2048 product"
-        " timed in the same rounds, as a part of the step. Host: until the call returns; own work: processor time of the"
-        " calling thread at 2 x 16 tokens with the same parameters, where the program itself takes next to none.",
+        " timed in the same rounds, as a part of the step. Host: until the call returns; own work: processor time of"
+        " the calling thread at 2 x 16 tokens with the same parameters, where the program itself takes next to none.",
         "",
         "| our step | host ms (its own work) | compiles | share of products | GFLOP/s | temporaries MB | largest array"
         " | all logits MB | first step s: cold, second start (cache hits) |",

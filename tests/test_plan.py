@@ -187,6 +187,16 @@ def test_the_length_of_a_run_of_epochs_needs_the_corpus():
     assert known.steps == math.ceil(2 * 6400 / 64)
 
 
+def test_a_sweep_lists_what_is_refused_too():
+    attempts = plans.sweep(toy("blocks"), topologies.describe("gpu:1"), (1, 2), (1,), (1,))
+    assert [attempt.memory is None for attempt in attempts] == [False, True]
+    lines = text.attempts_table(attempts)
+    assert len(lines) == 3
+    assert "--config.mesh.fsdp=1" in lines[1]
+    assert "refused" in lines[2]
+    assert "does not divide the 1 device" in lines[2]
+
+
 def test_changes_are_tried_from_the_cheapest_on():
     config = toy("blocks", batch_size="64")
     mesh = {"data": 8, "fsdp": 1, "tensor": 1}

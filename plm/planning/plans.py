@@ -302,9 +302,15 @@ def _estimate(setup: _Setup) -> int:
     """
     config, program = setup.config, setup.program
     together = math.lcm(*(getattr(o, "rows_per_example", 1) for o in program.objectives))
-    one, two = (_residuals(setup, n * together) for n in (1, 2))
+    one, two = (_residuals(setup, program, n * together) for n in (1, 2))
     rows = config.batch_size // sharding.row_shards(setup.mesh) // config.microbatches
     residuals = (two - one) / together * rows + max(2 * one - two, 0)
+    if config.remat == "blocks":
+        # One block at a time is computed anew, and keeps what it would have kept.
+        plain = config.copy_and_resolve_references().unlock()
+        plain.remat = "none"
+        kept = _residuals(setup, make_program(plain, setup.tokenizer, setup.mesh, program.carried), together)
+        residuals += max(kept - one, 0) / together * rows / config.model.get("layers", 1)
     gradients = per_chip(program.like.params) * (1 if config.microbatches == 1 else 2)
     tokens = rows * config.seq_len
     if "masked" in config.objectives:
@@ -314,8 +320,8 @@ def _estimate(setup: _Setup) -> int:
     return int(residuals + gradients + logits)
 
 
-def _residuals(setup: _Setup, rows: int) -> int:
-    program, batch = setup.program, setup.batch
+def _residuals(setup: _Setup, program: Program, rows: int) -> int:
+    batch = setup.batch
     loss = make_loss(program.graph.bind, program.objectives, program.coefficients)
 
     def of(tree):

@@ -63,7 +63,7 @@ def worker(arguments) -> None:
 
 
 def measure(way: str, count: int, options) -> dict:
-    """{"seconds", "processor" seconds of all processes, "moved" bytes of a device} of a step of `count` x `rows` rows."""
+    """{"seconds", "processor" seconds of all processes, "moved" bytes of a device} of a step of count x rows rows."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"

@@ -235,6 +235,29 @@ def test_what_is_frozen_gets_no_gradient_and_does_not_move():
     assert all(moved)
 
 
+def test_operations_of_a_frozen_body_are_counted_once():
+    from plm.models.flops import forward_flops, train_flops
+    from plm.training import config as configs
+
+    _, graph, _ = made("classify", "transformer", "full", classes=3, reads="mix", lstm=4)
+    config = configs.base().copy_and_resolve_references().unlock()
+    config.model = {
+        "architecture": "transformer",
+        "name": "language_model",
+        "direction": "full",
+        "width": 16,
+        "layers": 2,
+    }
+    config.objectives = {"classify": {}}
+    config.batch_size, config.seq_len = 4, T
+    whole, heads = (forward_flops(graph, config, 50, 0.0, heads_only=only) for only in (False, True))
+    # A BiLSTM of 4 cells over 16 features at T positions, and 3 classes on its 8 outputs.
+    assert heads == 2 * T * 2 * (16 + 4) * 4 * 4 + 2 * 8 * 3
+    assert train_flops(graph, config, 50) == 3 * 4 * whole
+    config.optimizer.freeze = ("^(embedding|blocks)/",)
+    assert train_flops(graph, config, 50) == 4 * (whole - heads) + 3 * 4 * heads
+
+
 def test_nnx_lists_have_plain_names():
     _, graph, _ = made("tag", "lstm", "both", classes=2, reads="mix", lstm=4, lstm_layers=2, crf=True)
     heads = [path for path in graph.paths if path.startswith("heads/")]

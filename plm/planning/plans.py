@@ -19,6 +19,7 @@ from pathlib import Path
 import jax
 
 from plm.data import placeholder
+from plm.data.task_rows import with_task_tokens
 from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
 from plm.models.flops import train_flops
@@ -145,11 +146,19 @@ def _setup(config, topology: Topology, corpus_tokens: int) -> Iterator[_Setup]:
     config, steps = _resolved(config, corpus_tokens, topology.platform)
     wanted = config.data.tokenizer
     vocabulary = _tokenizer(wanted.kind, wanted.vocab, wanted.path, wanted.lowercase)
+    if config.data.layout == "task":
+        vocabulary = with_task_tokens(vocabulary)
+        name, kind, classes = placeholder.task(config)
+        config = configs.settle(config, task=name, kind=kind, classes=classes, vectors=0)
     here = sharding.make_mesh(type(config.mesh)({"data": 1, "fsdp": 1, "tensor": 1}), jax.devices("cpu")[:1])
     with tempfile.TemporaryDirectory() as folder:
-        corpus = placeholder.corpus(vocabulary, config.seq_len, Path(folder))
+        together = configs.rows_per_example(config)
+        if config.data.layout == "task":
+            corpus = placeholder.task_corpus(config, vocabulary, together)
+        else:
+            corpus = placeholder.corpus(vocabulary, config.seq_len, Path(folder))
         few = config.copy_and_resolve_references().unlock()
-        few.batch_size = few.eval.batch_size = ROWS_MADE
+        few.batch_size = few.eval.batch_size = ROWS_MADE * together
         batches, held_out = (make_batches(few, corpus, mode, here) for mode in ("train", "eval"))
         shapes = batches.abstract(mesh, config.batch_size), held_out.abstract(mesh, _held_out_rows(config))
     with jax.set_mesh(mesh):

@@ -157,7 +157,7 @@ def test_two_processes_are_one(kind, begun_by_one, text, tmp_path):
     [(4, "lanes", {"fsdp": 2, "tensor": 2}), (8, "pairs", {"fsdp": 2, "tensor": 2}), (8, "lanes", {})],
 )
 def test_four_and_eight_processes_are_one(count, kind, mesh, text, tmp_path):
-    """Measured: losses 1e-7 apart at most (4 processes)."""
+    """Measured: losses 1.3e-7 apart at most."""
     one, many = tmp_path / "one", tmp_path / "many"
     train_in_one(kind, text, one)
     seen = train_in(count, kind, text, many, *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items()))

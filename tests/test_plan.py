@@ -197,6 +197,13 @@ def test_a_sweep_lists_what_is_refused_too():
     assert "does not divide the 1 device" in lines[2]
 
 
+def test_the_vocabulary_is_that_of_the_run_to_start_from(tmp_path):
+    placeholder.tokenizer("byte_bpe", 500).save(tmp_path / "run" / "tokenizer")
+    config = toy("blocks", **{"init.from": f"{tmp_path / 'run'}@12"})
+    with plans._setup(config, topologies.describe("gpu:1"), 0) as setup:
+        assert setup.tokenizer.size == 500
+
+
 def test_changes_are_tried_from_the_cheapest_on():
     config = toy("blocks", batch_size="64")
     mesh = {"data": 8, "fsdp": 1, "tensor": 1}

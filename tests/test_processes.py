@@ -106,7 +106,7 @@ def seen_by(started: list[children.Child]) -> list[dict]:
 def train_in(count: int, kind: str, text, workdir, *flags: str) -> list[dict]:
     """Runs the command to its end as `count` processes; returns what each of them saw."""
     started = begin(count, kind, text, workdir, *flags)
-    codes = [child.wait() for child in started]
+    codes = [child.wait(150 * count) for child in started]
     assert codes == [0] * count, "\n".join(child.text for child in started)
     assert "complete after 24 steps" in started[0].text
     for other in started[1:]:
@@ -285,7 +285,7 @@ def test_the_death_of_the_first_is_the_end_of_all(tmp_path):
     [(4, "lanes", {"fsdp": 2, "tensor": 2}), (8, "pairs", {"fsdp": 2, "tensor": 2}), (8, "lanes", {})],
 )
 def test_four_and_eight_processes_are_one(count, kind, mesh, text, tmp_path):
-    """Measured: losses 3e-7 apart at most."""
+    """Measured: losses 1.3e-7 apart at most."""
     one, many = tmp_path / "one", tmp_path / "many"
     train_in_one(kind, text, one)
     seen = train_in(count, kind, text, many, *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items()))
@@ -303,7 +303,7 @@ def test_stopped_on_eight_processes_it_goes_on_on_two(kind, text, tmp_path):
     one, run = tmp_path / "one", tmp_path / "run"
     train_in_one(kind, text, one)
     eight = begin(8, kind, text, run, "--config.mesh.fsdp=2")
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 1200
     while not (run / "checkpoints" / "10").exists():
         assert time.monotonic() < deadline, eight[0].text
         time.sleep(0.02)

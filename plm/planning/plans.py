@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
+from etils import epath
 
 from plm.data import placeholder
 from plm.data.task_rows import with_task_tokens
@@ -29,6 +30,7 @@ from plm.training import config as configs
 from plm.training import sharding
 from plm.training.objectives import make_objectives
 from plm.training.program import Program, carries, fresh_carry, make_batches, make_program
+from plm.training.record import TOKENIZER
 from plm.training.step import all_weights, make_eval_step, make_loss
 
 LARGE = 16 * 2**20  # bytes on a chip from which a buffer that need not be there is worth a warning
@@ -112,8 +114,15 @@ def _piece(leaf) -> int:
 def _tokenizer(kind: str, size: int, path: str, lowercase: bool) -> Tokenizer:
     if not path:
         return placeholder.tokenizer(kind, size, lowercase=lowercase)
-    saved = (Path(path) / "tokenizer_settings.json").exists()
+    saved = (epath.Path(path) / "tokenizer_settings.json").exists()
     return Tokenizer.load(path) if saved else Tokenizer.from_official(path)
+
+
+def _inherited(config) -> str:
+    """The folder of the tokenizer of the run that `init.from` names; "" where it names none."""
+    name, at, step = config.init["from"].rpartition("@")
+    folder = epath.Path(name if at and step.isdigit() else config.init["from"]) / TOKENIZER
+    return str(folder) if config.init["from"] and folder.exists() else ""
 
 
 def _resolved(config, corpus_tokens: int, platform: str):
@@ -145,7 +154,7 @@ def _setup(config, topology: Topology, corpus_tokens: int) -> Iterator[_Setup]:
     _check_rows(config, mesh)
     config, steps = _resolved(config, corpus_tokens, topology.platform)
     wanted = config.data.tokenizer
-    vocabulary = _tokenizer(wanted.kind, wanted.vocab, wanted.path, wanted.lowercase)
+    vocabulary = _tokenizer(wanted.kind, wanted.vocab, wanted.path or _inherited(config), wanted.lowercase)
     if config.data.layout == "task":
         vocabulary = with_task_tokens(vocabulary)
         name, kind, classes = placeholder.task(config)

@@ -32,6 +32,7 @@ def run_on_task(root: Path, rate: float, steps: int, seed: int, values, **settin
             row = {"run": folder.name, "step": steps, "suite": "task", "metric": "rte/accuracy", "split": split}
             rows.append(row | {"n": 138, "value": value, "predictions": "p.tsv", "pretrain_seed": 0, "head_seed": seed})
         rows.append(rows[0] | {"predictions": None, "metric": "rte/loss", "value": 9.0})
+        rows.append(rows[0] | {"predictions": None, "metric": "rte/pretrained_8_grams", "value": 0.02})
     (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -55,6 +56,7 @@ def test_what_is_reported_was_not_chosen_by_the_report(grid):
     assert (tuned["trials"], tuned["runs"]) == (3, 8)
     assert tuned["selection"].mean == pytest.approx(80)
     assert tuned["report"].values == pytest.approx((60, 64, 62))
+    assert tuned["8-grams pretrained on"] == "2.00 FLAGGED"
     assert scratch["cell"] == "from scratch, vocabulary of gpt"
     assert (scratch["trials"], scratch["report"].mean) == (1, pytest.approx(56))
 

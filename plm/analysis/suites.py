@@ -417,8 +417,26 @@ def evaluate_task(run: Run, settings: Mapping) -> Outcome:
         shared = {"split": part.name, "n": part.n, "predictions": file}
         rows += [shared | {"metric": f"{predictor.task.name}/{m}", "value": v} for m, v in part.values.items()]
         body += [[m, part.name, part.n, v] for m, v in part.values.items()] or [["(no labels)", part.name, part.n, ""]]
-    table = Table(f"{predictor.task.name} by {run.name}", ["metric", "examples of", "n", "value"], body)
+    share, known = _pretrained_share(run, predictor.task.name)
+    if share is not None:
+        rows.append(
+            {"metric": f"{predictor.task.name}/{task_suite.PRETRAINED}", "split": "all", "n": 1, "value": share}
+        )
+    title = f"{predictor.task.name} by {run.name} ({known})"
+    table = Table(title, ["metric", "examples of", "n", "value"], body)
     return Outcome(rows, tables=[table], note=f"predictions in {run.output / task_suite.FOLDER}")
+
+
+def _pretrained_share(run: Run, task: str) -> tuple[float | None, str]:
+    """(the largest share of a split's 8-grams that the model was pretrained on, that in words), as the suite overlap
+    measured it for the run that this one starts from."""
+    source = (run.facts.get("starts_from") or {}).get("source")
+    rows = metrics.read_results(source) if source and is_run(source) else []
+    shares = [row.value for row in rows if row.suite == "overlap" and row.metric == f"{task}/8_grams"]
+    if not shares:
+        return None, f"how much of it was pretrained on: --suite=overlap --task={task},... on {source or 'its source'}"
+    flag = " FLAGGED" if max(shares) > overlap.FLAG else ""
+    return max(shares), f"{max(shares):.2%} of its 8-grams were pretrained on{flag}"
 
 
 def _of_control(run: Run, name: str, measure: Callable[[], Any]) -> Any:

@@ -25,6 +25,7 @@ from plm.training.objectives import make_objectives
 from plm.training.program import compute_dtype, make_batches
 
 FOLDER = "predictions"
+PRETRAINED = "pretrained_8_grams"  # metric: the share of the task that the model was pretrained on
 _ENDS = {"squad": "json", "mclwic": "json", "jsonl": "jsonl", "wic": "txt", "conll": "conll", "glue": "tsv"}
 
 

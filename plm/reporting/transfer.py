@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 
+from plm.analysis.overlap import FLAG
 from plm.reporting.runs import SEED_SUFFIX, Run, is_finite
 from plm.reporting.statistics import Summary, summarise
 from plm.reporting.tables import Column, Table
@@ -18,6 +19,7 @@ from plm.reporting.tables import Column, Table
 TRIED = ("optimizer.peak_lr", "total_steps")
 _DEPENDENT = ("optimizer.warmup_steps", "optimizer.schedule_steps")
 SUITE, SELECTION = "task", "dev"
+PRETRAINED = "pretrained_8_grams"
 
 
 def is_task(run: Run) -> bool:
@@ -63,6 +65,15 @@ def _label(run: Run) -> str:
     return ", ".join(parts)
 
 
+def _pretrained(runs: Sequence[Run]) -> str | None:
+    """The largest share of 8-grams that a model of these runs was pretrained on."""
+    rows = (row for run in runs for row in run.results if str(row.get("metric")).endswith(f"/{PRETRAINED}"))
+    shares = [row["value"] for row in rows if is_finite(row.get("value"))]
+    if not shares:
+        return None
+    return f"{100 * max(shares):.2f}" + (" FLAGGED" if max(shares) > FLAG else "")
+
+
 def _trial(run: Run) -> tuple:
     return tuple(run.settings.get(key) for key in TRIED)
 
@@ -86,7 +97,7 @@ def table(runs: Sequence[Run]) -> Table | None:
             trials.setdefault(_trial(run), []).append(run)
         tried = len({_trial(run) for run in group})
         if not trials:
-            rows.append([_label(group[0]), None, None, tried, len(group), None, None, None])
+            rows.append([_label(group[0]), None, None, tried, len(group), None, None, None, None])
             continue
         first = next(iter(_measured(done[0])))
         means = {trial: _summary(own, first, "selection") for trial, own in trials.items()}
@@ -96,7 +107,8 @@ def table(runs: Sequence[Run]) -> Table | None:
             own = trials[chosen]
             n = _measured(own[0])[metric].get("report", {}).get("n")
             selection, report = (_summary(own, metric, part) for part in ("selection", "report"))
-            rows.append([_label(group[0]), metric, setting, tried, len(group), selection, report, n])
+            seen = _pretrained(own)
+            rows.append([_label(group[0]), metric, setting, tried, len(group), selection, report, n, seen])
     if not rows:
         return None
     columns = [
@@ -108,6 +120,7 @@ def table(runs: Sequence[Run]) -> Table | None:
         Column("selection", "%", ".1f"),
         Column("report", "%", ".1f", interval=True),
         Column("examples reported", "", ",.0f"),
+        Column("8-grams pretrained on", "%"),
     ]
     note = (
         "Rate and duration are chosen by the mean over seeds on the selection part; the report part is measured for the"

@@ -41,6 +41,7 @@ import numpy as np
 from tqdm import tqdm
 
 from plm.data import sources
+from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
 from plm.randomness import stable_hash
 
@@ -68,7 +69,30 @@ _PART_FILES = {
 }
 
 
-class Split:
+class Spelled:
+    """ids -> ELMo's characters, of a vocabulary and of words outside it, which have ids from its size on.
+
+    extra_characters: uint16 [words, 50], of those words.
+    """
+
+    tokenizer: Tokenizer
+    extra_characters: np.ndarray
+
+    @functools.cached_property
+    def _vocabulary_rows(self) -> np.ndarray:
+        return np.ascontiguousarray(self.tokenizer.character_rows(), dtype=np.uint16)
+
+    def character_rows(self, ids: np.ndarray) -> np.ndarray:
+        """uint16 [..., 50]: raw byte ids (0..260) of vocabulary entries and extra words alike."""
+        size = self.tokenizer.size
+        rows = np.take(self._vocabulary_rows, np.minimum(ids, size - 1), axis=0)
+        extra = ids >= size
+        if extra.any():
+            rows[extra] = self.extra_characters[ids[extra] - size]
+        return rows
+
+
+class Split(Spelled):
     """One part of a store, `train` or `valid`; the arrays are memory-mapped and read-only.
 
     tokens: uint16 or uint32 [n_tokens], bare ids without any special token. Ids from `tokenizer.size` on are words
@@ -94,19 +118,6 @@ class Split:
         if len(array) != rows:
             raise ValueError(f"{self.directory / name}.npy has {len(array)} rows, not {rows}")
         return array
-
-    @functools.cached_property
-    def _vocabulary_rows(self) -> np.ndarray:
-        return np.ascontiguousarray(self.tokenizer.character_rows(), dtype=np.uint16)
-
-    def character_rows(self, ids: np.ndarray) -> np.ndarray:
-        """uint16 [..., 50]: ELMo's raw byte ids (0..260) of vocabulary entries and extra words alike."""
-        size = self.tokenizer.size
-        rows = np.take(self._vocabulary_rows, np.minimum(ids, size - 1), axis=0)
-        extra = ids >= size
-        if extra.any():
-            rows[extra] = self.extra_characters[ids[extra] - size]
-        return rows
 
 
 class Store:

@@ -320,7 +320,7 @@ def _make(split: "TaskSplit", settings: Mapping, with_words: bool, progress: boo
     return rows.arrays(reading.open_words, len(examples))
 
 
-class TaskSplit:
+class TaskSplit(store.Spelled):
     """The rows of one split, kept in the cache by the fingerprints of examples, tokenizer and settings.
 
     examples: those of the split called `name` of a task (or a part of one), in the order that arrays["item_example"]
@@ -355,25 +355,13 @@ class TaskSplit:
         self.n_examples, self.n_items, self.n_rows, self.n_cut = map(int, self.arrays["counts"])
         self.rows_per_item = self.n_rows // self.n_items
         self.n_tokens = len(self.arrays["tokens"])
+        self.extra_characters = self.arrays["extra_characters"]
         self.lengths = np.diff(self.arrays["row_offsets"])
 
     @property
     def words(self) -> list[str]:
         """The words that `word_of` numbers from 1 on."""
         return bytes(self.arrays["words"]).decode().split("\n")
-
-    @functools.cached_property
-    def _vocabulary_rows(self) -> np.ndarray:
-        return np.ascontiguousarray(self.tokenizer.character_rows(), dtype=np.uint16)
-
-    def character_rows(self, ids: np.ndarray) -> np.ndarray:
-        """uint16 [..., 50]: ELMo's raw byte ids of vocabulary entries and of the split's unknown words."""
-        size = self.tokenizer.size
-        rows = np.take(self._vocabulary_rows, np.minimum(ids, size - 1), axis=0)
-        extra = ids >= size
-        if extra.any():
-            rows[extra] = self.arrays["extra_characters"][ids[extra] - size]
-        return rows
 
     def counts(self) -> dict[str, int]:
         """For run.json: a document is an example, a sentence a row."""

@@ -447,7 +447,7 @@ def test_added_words_start_as_the_mean_of_their_pieces(uninterrupted, text, tmp_
             np.testing.assert_allclose(begun[name][old.size + row], expected, rtol=1e-6)
     assert f"'quux' starts as the mean of {' '.join(old.pieces(old.encode(['quux'])[0]))}" in capsys.readouterr().err
     loop.train(config, tmp_path / "run")  # complete: nothing is added twice
-    with pytest.raises(UserError, match="has not the 2 added words"):
+    with pytest.raises(UserError, match="has not the 2 added tokens"):
         loop.train(config_of("pairs", text, **added, **{"init.keep": "all"}), tmp_path / "all")
 
 

@@ -27,17 +27,25 @@ def compiled_once(cache):
     children.restore(before)
 
 
+class Sources:
+    """One-step runs, made when they are asked for: `sources / "pairs"` (BERT), "blocks" (GPT, byte-level), "lanes"."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __truediv__(self, kind: str):
+        workdir = self.folder / kind
+        if not workdir.exists():
+            self.folder.mkdir(exist_ok=True)
+            text = corpus.write(self.folder / "corpus.txt")
+            settings = {"data.source": f"text:{text}", "total_steps": 1, "seed": 7, "eval.batches": 1}
+            loop.train(configs.load(f"{RUNS}:{kind}", settings), workdir)
+        return workdir
+
+
 @pytest.fixture
 def sources(tmp_path_factory, compiled_once):
-    """One-step runs of BERT's, GPT's (byte-level) and ELMo's kind."""
-    folder = tmp_path_factory.getbasetemp() / "finetune sources"
-    if not folder.exists():
-        folder.mkdir()
-        text = corpus.write(folder / "corpus.txt")
-        for kind in ("pairs", "blocks", "lanes"):
-            settings = {"data.source": f"text:{text}", "total_steps": 1, "seed": 7, "eval.every_steps": 0}
-            loop.train(configs.load(f"{RUNS}:{kind}", settings), folder / kind)
-    return folder
+    return Sources(tmp_path_factory.getbasetemp() / "finetune sources")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +70,7 @@ def leaves(workdir, step=None) -> dict[str, np.ndarray]:
 
 
 def test_bert_is_tuned_stopped_and_resumed_as_if_it_never_stopped(sources, task, tmp_path):
-    config = config_of(sources / "pairs", task)
+    config = config_of(sources / "pairs", task, checkpoint__keep_at=(0,))
     whole = loop.train(config, tmp_path / "whole")
     assert {"eval/accuracy", "eval/classify", "eval/classify_accuracy"} <= whole.keys()
     assert whole["eval/accuracy"] == pytest.approx(whole["eval/classify_accuracy"])
@@ -76,11 +84,7 @@ def test_bert_is_tuned_stopped_and_resumed_as_if_it_never_stopped(sources, task,
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
     # The head's pooler is next-sentence prediction's.
-    before = leaves(sources / "pairs")
-    begun = config.copy_and_resolve_references().unlock()
-    begun.checkpoint.keep_at = (0,)
-    loop.train(begun.lock(), tmp_path / "begun")
-    started = leaves(tmp_path / "begun", 0)
+    before, started = leaves(sources / "pairs"), leaves(tmp_path / "whole", 0)
     np.testing.assert_array_equal(started["heads/classify/pooler/kernel"], before["heads/next_sentence/pooler/kernel"])
     facts = RunRecord(tmp_path / "whole", enabled=False).facts
     assert facts["starts_from"]["source"] == str(sources / "pairs")
@@ -118,7 +122,8 @@ def test_new_tokens_start_at_random_values(sources, task, tmp_path):
     assert (table[size + 3 :] == 0).all()
 
 
-@pytest.mark.parametrize("way", ["paper", pytest.param("probe", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["paper", "probe"])
 def test_what_is_frozen_stays_bit_for_bit(way, sources, task, tmp_path):
     config = config_of(sources / "lanes", task, f"custom,kind=single,way={way}")
     loop.train(config, tmp_path / "run")

@@ -102,6 +102,14 @@ def files(kind: str, folder) -> dict[str, str]:
     return {"files": str(folder / "{split}.jsonl"), "text": text, "label": "label"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """Toys compile far longer than they run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def vocabularies(tmp_path_factory):
     """{kind: folder of a trained vocabulary}"""

@@ -5,14 +5,16 @@ import random
 
 import numpy as np
 import pytest
+import test_weights_elmo
 from fixtures import children, corpus
 from fixtures.children import ROOT, RUNS
 
 from plm.analysis import suites, task_suite
+from plm.data import static_vectors
 from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
 from plm.inference import model as models
-from plm.training import checkpoint, loop
+from plm.training import checkpoint, loop, program, sharding
 from plm.training import config as configs
 from plm.training.metrics import RunRecord, read_metrics, read_results
 
@@ -175,6 +177,39 @@ def test_a_finished_run_is_reported_once_with_its_predictions(sources, task, tmp
     again = task_suite.evaluate(task_suite.Predictor(other.lock(), model.tokenizer, model.params, progress=False))
     assert [part.text for part in again] == [selection.text, report.text]
     assert model.embed(["one two"], layers=-1)[0].shape[-1] == 16  # it is still a model that embeds
+
+
+def test_vectors_of_a_file_are_read_once_and_stand_beside_the_model(sources, task, tmp_path, monkeypatch):
+    class Vectors(dict):
+        vector_size = 3
+
+    reads = []
+
+    def read(path, setting):
+        reads.append(path)
+        return Vectors({word: np.full(3, 1.0 + i) for i, word in enumerate(corpus.sentence("any").split())})
+
+    monkeypatch.setattr(static_vectors, "read", read)
+    config = config_of(sources / "pairs", task, total_steps=1, data__task__vectors="glove.txt")
+    config, data = loop.open_data(config, inherited=Tokenizer.load(sources / "pairs" / "tokenizer"), progress=False)
+    assert reads == ["glove.txt"]
+    assert config.objectives.classify.vectors == 3
+    mesh = sharding.make_mesh(config.mesh)
+    batch = program.make_batches(config, data, "train", mesh).local(0)
+    assert batch["vectors"].shape == (*batch["tokens"].shape, 3)
+    numbers = data.train.arrays["word_of"]
+    assert 0 < (numbers > 0).sum() <= len(numbers)
+    # Nothing stands where no word begins, in front of all at [CLS].
+    assert not batch["vectors"][:, 0].any()
+
+
+def test_published_elmo_is_moved_to_a_task_without_a_vocabulary(task, tmp_path):
+    """Its weights read any word, so nothing asks for one."""
+    options = test_weights_elmo.OPTIONS
+    source = test_weights_elmo.write_files(tmp_path / "elmo", options, test_weights_elmo.drawn_arrays(options))
+    config = config_of(source, task, "custom,kind=single,way=probe", total_steps=1)
+    values = loop.train(config, tmp_path / "run")
+    assert "eval/accuracy" in values
 
 
 @pytest.mark.slow

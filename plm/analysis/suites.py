@@ -45,12 +45,9 @@ from plm.data.store import Progress, locked, writable
 from plm.data.tasks import TaskData
 from plm.errors import UserError
 from plm.inference.model import Model, is_run, load, read_run, split_source
-from plm.models.graph import build
 from plm.randomness import stable_hash
-from plm.training import checkpoint, metrics, sharding
-from plm.training.loop import Evaluator
-from plm.training.objectives import make_objectives
-from plm.training.program import carries, compute_dtype, make_batches
+from plm.training import checkpoint, metrics
+from plm.training.loop import make_evaluator
 from plm.training.record import seeds
 
 EVALUATIONS, SAMPLES, SENSES = "evaluations.json", "samples.json", "senses.json"
@@ -220,18 +217,9 @@ def _pair(values: Mapping) -> pseudo_words.Pair:
 
 def evaluate_perplexity(run: Run, settings: Mapping) -> Outcome:
     """The loop's own held-out numbers for this checkpoint, in the loop's own batches and precision."""
-    config, corpus = run.config, run.corpus
-    batch_size = config.eval.batch_size or config.batch_size
-    devices = jax.devices() if batch_size % jax.device_count() == 0 else jax.devices()[:1]
-    whole = type(config.mesh)({"data": -1, "fsdp": 1, "tensor": 1})
-    mesh = sharding.make_mesh(whole, devices)
-    objectives, coefficients = make_objectives(config, run.tokenizer, evaluation=True)
-    graph = build(config, run.tokenizer.size, tuple(config.objectives), compute_dtype(config))
-    with jax.set_mesh(mesh):
-        batches = make_batches(config, corpus, "eval", mesh)
-        carried = carries(config, batches.layout)
-        evaluator = Evaluator(graph, batches, objectives, coefficients, config.eval.batches, carried)
-        values = evaluator(jax.device_put(run.model.params, jax.NamedSharding(mesh, jax.P())))
+    evaluator = make_evaluator(run.config, run.corpus)
+    with jax.set_mesh(evaluator.mesh):
+        values = evaluator(jax.device_put(run.model.params, evaluator.batches.replicated))
     rows = [
         {
             "metric": name.removeprefix("eval/"),

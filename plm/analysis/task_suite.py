@@ -6,23 +6,21 @@ part, and of a test set without labels, are written in the task's submission for
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from etils import epath
 
 from plm.analysis import task_metrics, task_results
 from plm.data.examples import Example, has_gold
-from plm.data.pipeline import Corpus, load_task, task_split
+from plm.data.pipeline import Corpus, load_task, task_splits
 from plm.data.task_rows import TaskSplit
 from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
-from plm.models.graph import build
 from plm.training import config as configs
-from plm.training import metrics, sharding
-from plm.training.loop import Evaluator
-from plm.training.objectives import make_objectives
-from plm.training.program import compute_dtype, make_batches
+from plm.training import metrics
+from plm.training.loop import Evaluator, make_evaluator
+from plm.training.program import make_batches
 
 FOLDER = "predictions"
 PRETRAINED = "pretrained_8_grams"  # metric: the share of the task that the model was pretrained on
@@ -49,28 +47,26 @@ class Predictor:
     def __init__(self, config, tokenizer: Tokenizer, params: dict, *, progress: bool = True):
         if config.data.layout != "task":
             raise UserError("suite task is for runs of experiments/finetune.py: this run's data.layout is no task")
-        self.config, self.tokenizer, self.progress = config, tokenizer, progress
+        self.config, self.tokenizer, self.params, self.progress = config, tokenizer, params, progress
         self.task = load_task(config.data)
-        batch_size = config.eval.batch_size or config.batch_size
-        together = configs.rows_per_example(config)
-        whole = batch_size % (jax.device_count() * together) == 0
-        everything = type(config.mesh)({"data": -1, "fsdp": 1, "tensor": 1})
-        self.mesh = sharding.make_mesh(everything, jax.devices() if whole else jax.devices()[:1])
-        self.graph = build(config, tokenizer.size, tuple(config.objectives), compute_dtype(config))
-        with jax.set_mesh(self.mesh):
-            self.params = jax.device_put(params, jax.NamedSharding(self.mesh, jax.P()))
-        self.objectives, self.coefficients = make_objectives(config, tokenizer, evaluation=True)
+        self._evaluator: Evaluator | None = None
 
-    def split(self, name: str, examples: Sequence[Example]) -> TaskSplit:
-        return task_split(self.config, self.task, name, examples, self.tokenizer, progress=self.progress)
+    def splits(self, parts: Mapping[str, Sequence[Example]]) -> list[TaskSplit]:
+        return task_splits(self.config, self.task, parts, self.tokenizer, progress=self.progress)
 
     def __call__(self, split: TaskSplit) -> list:
         """One prediction for each example, of spans before their null threshold (`task_results.answers`)."""
         corpus = Corpus(self.tokenizer, split, split, {}, self.task)
-        with jax.set_mesh(self.mesh):
-            batches = make_batches(self.config, corpus, "eval", self.mesh)
-            evaluator = Evaluator(self.graph, batches, self.objectives, self.coefficients, 0, False)
-            _, predictions = evaluator.run(self.params)
+        if self._evaluator is None:
+            evaluator = make_evaluator(self.config, corpus)
+            self.params = jax.device_put(self.params, evaluator.batches.replicated)
+        else:
+            # The programs are those of the split before.
+            batches = make_batches(self.config, corpus, "eval", self._evaluator.mesh)
+            evaluator = dataclasses.replace(self._evaluator, batches=batches)
+        self._evaluator = dataclasses.replace(evaluator, limit=0)
+        with jax.set_mesh(evaluator.mesh):
+            _, predictions = self._evaluator.run(self.params)
         name = configs.OBJECTIVE_OF_KIND[self.task.task.kind]
         return task_results.answers(split, predictions[name])
 
@@ -78,18 +74,16 @@ class Predictor:
 def evaluate(predictor: Predictor) -> list[Scored]:
     """Selection, report, and a test set without labels, in this order."""
     task = predictor.task
-    (selection, chosen_by), (report, reported) = task.selection_and_report()
-    split = predictor.split(selection, chosen_by)
-    found = predictor(split)
-    threshold = task_results.null_threshold(split, found) if task.task.kind == "span" else None
-    parts = [_scored(split, task_results.final(split, found, threshold))]
-    others = [(report, reported)]
+    parts = dict(task.selection_and_report())
     if "test" in task.splits and not all(has_gold(task.task, example) for example in task.examples("test")):
-        others.append(("test", task.examples("test")))
-    for name, examples in others:
-        split = predictor.split(name, examples)
-        parts.append(_scored(split, task_results.final(split, predictor(split), threshold)))
-    return parts
+        parts["test"] = task.examples("test")
+    scored, threshold = [], None
+    for number, split in enumerate(predictor.splits(parts)):
+        found = predictor(split)
+        if number == 0 and task.task.kind == "span":
+            threshold = task_results.null_threshold(split, found)
+        scored.append(_scored(split, task_results.final(split, found, threshold)))
+    return scored
 
 
 def _scored(split: TaskSplit, predictions: list) -> Scored:

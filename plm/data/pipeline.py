@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import grain
 import jax
@@ -11,6 +11,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from plm.data import sources, static_vectors, store, tasks, tokenizers
+from plm.data.examples import Example
 from plm.data.task_rows import TaskRows, TaskSplit, with_task_tokens
 from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
@@ -210,6 +211,21 @@ def _added_words(path: str) -> list[str]:
     return words
 
 
+def _vocabulary(
+    wanted, directory: epath.Path | None, inherited: Tokenizer | None, trained: Callable[[], Tokenizer]
+) -> Tokenizer:
+    """The vocabulary of `config.data.tokenizer`; the order is that of `open_corpus`, whose last resort is `trained`."""
+    if directory is not None and (directory / "tokenizer.json").exists():
+        return Tokenizer.load(directory)
+    tokenizer = Tokenizer.read(wanted.path) if wanted.path else inherited or trained()
+    if tokenizer.kind != wanted.kind:
+        where = f"data.tokenizer.path={wanted.path!r}" if wanted.path else "the model of init.from"
+        raise UserError(
+            f"{where} holds a {tokenizer.kind!r} tokenizer; data.tokenizer.kind={wanted.kind!r} was asked for"
+        )
+    return tokenizer.with_added(_added_words(wanted.add)) if wanted.add else tokenizer
+
+
 def open_corpus(
     data,
     *,
@@ -226,22 +242,12 @@ def open_corpus(
     """
     source = sources.parse(data.source, invalid_utf8=data.invalid_utf8)
     fraction = 0.0 if data.valid_source else data.valid_fraction
-    wanted = data.tokenizer
-    if tokenizer_directory is not None and (tokenizer_directory / "tokenizer.json").exists():
-        tokenizer = Tokenizer.load(tokenizer_directory)
-    else:
-        if wanted.path:
-            saved = (epath.Path(wanted.path) / "tokenizer_settings.json").exists()
-            tokenizer = Tokenizer.load(wanted.path) if saved else Tokenizer.from_official(wanted.path)
-        else:
-            tokenizer = inherited or _trained_on(source, wanted, fraction, progress)
-        if tokenizer.kind != wanted.kind:
-            where = f"data.tokenizer.path={wanted.path!r}" if wanted.path else "the model of init.from"
-            raise UserError(
-                f"{where} holds a {tokenizer.kind!r} tokenizer; data.tokenizer.kind={wanted.kind!r} was asked for"
-            )
-        if wanted.add:
-            tokenizer = tokenizer.with_added(_added_words(wanted.add))
+    tokenizer = _vocabulary(
+        data.tokenizer,
+        tokenizer_directory,
+        inherited,
+        lambda: _trained_on(source, data.tokenizer, fraction, progress),
+    )
     options = {"workers": data.workers, "progress": progress}
     if data.valid_source:
         train = store.build(source, tokenizer, valid_fraction=0.0, split="train", **options)
@@ -272,8 +278,16 @@ def load_task(data) -> tasks.TaskData:
     return tasks.load(data.task.name, **given)
 
 
-def task_split(config, task: tasks.TaskData, name: str, examples, tokenizer: Tokenizer, *, progress: bool = True):
-    """The rows of some of a task's examples, as the objectives of `config` want them."""
+def task_splits(
+    config,
+    task: tasks.TaskData,
+    parts: Mapping[str, Sequence[Example]],
+    tokenizer: Tokenizer,
+    *,
+    progress: bool = True,
+) -> list[TaskSplit]:
+    """The rows of parts of a task's examples, as the objectives of `config` want them, with the vectors of
+    `data.task.vectors`, whose file is read once for all parts."""
     choose = config.objectives.get("choose", {})
     pairs = [config.objectives[o].pairs for o in ("classify", "regress") if o in config.objectives]
     settings = {
@@ -282,8 +296,13 @@ def task_split(config, task: tasks.TaskData, name: str, examples, tokenizer: Tok
         "choices": choose.get("choices", 0),
         **{key: config.data.task[key] for key in ("word_piece", "question", "stride")},
     }
-    with_words = bool(config.data.task.vectors)
-    return TaskSplit(task, name, examples, tokenizer, settings, with_words=with_words, progress=progress)
+    options = {"with_words": bool(config.data.task.vectors), "progress": progress}
+    splits = [TaskSplit(task, name, examples, tokenizer, settings, **options) for name, examples in parts.items()]
+    if path := config.data.task.vectors:
+        tables = static_vectors.tables(path, [split.words for split in splits], f"data.task.vectors={path}")
+        for split, table in zip(splits, tables, strict=True):
+            split.vectors = table
+    return splits
 
 
 def open_task(
@@ -293,22 +312,17 @@ def open_task(
     inherited: Tokenizer | None = None,
     progress: bool = True,
 ) -> Corpus:
-    """The rows of the task of `config.data.task`; the arguments are those of `open_corpus`."""
-    data = config.data
-    if tokenizer_directory is not None and (tokenizer_directory / "tokenizer.json").exists():
-        tokenizer = Tokenizer.load(tokenizer_directory)
-    elif data.tokenizer.path:
-        saved = (epath.Path(data.tokenizer.path) / "tokenizer_settings.json").exists()
-        tokenizer = Tokenizer.load(data.tokenizer.path) if saved else Tokenizer.from_official(data.tokenizer.path)
-    elif inherited is not None:
-        tokenizer = inherited
-    else:
+    """The rows of the task of `config.data.task`; the arguments are those of `open_corpus`, but that no vocabulary is
+    trained."""
+
+    def none_to_train():
         raise UserError("a task needs a vocabulary: that of init.from, or data.tokenizer.path")
-    tokenizer = with_task_tokens(tokenizer)
-    task = load_task(data)
+
+    tokenizer = with_task_tokens(_vocabulary(config.data.tokenizer, tokenizer_directory, inherited, none_to_train))
+    task = load_task(config.data)
     (name, selection), _ = task.selection_and_report()
-    train = task_split(config, task, "train", task.examples("train"), tokenizer, progress=progress)
-    valid = task_split(config, task, name, selection, tokenizer, progress=progress)
+    parts = {"train": task.examples("train"), name: selection}
+    train, valid = task_splits(config, task, parts, tokenizer, progress=progress)
     meta = {
         "source": f"task:{task.name}",
         "valid_source": name,
@@ -321,12 +335,6 @@ def open_task(
     return Corpus(tokenizer, train, valid, meta, task)
 
 
-def task_vectors(config, split: TaskSplit) -> np.ndarray | None:
-    """float32 [words + 1, D]: the vectors of `data.task.vectors` for the words of a split."""
-    path = config.data.task.vectors
-    return static_vectors.table(path, split.words, f"data.task.vectors={path}") if path else None
-
-
 def task_layout(config, split: TaskSplit, tokenizer: Tokenizer, *, batch_size: int, seed: int, mode: str) -> TaskRows:
     """The layout of a split, see `TaskRows`."""
     return TaskRows(
@@ -337,5 +345,4 @@ def task_layout(config, split: TaskSplit, tokenizer: Tokenizer, *, batch_size: i
         seed=seed,
         settings=config.data.task,
         mode=mode,
-        vectors=task_vectors(config, split),
     )

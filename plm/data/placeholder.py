@@ -81,6 +81,7 @@ def task_corpus(config, vocabulary: Tokenizer, rows_per_example: int) -> Corpus:
         n_tokens=rows * T,
         rows_per_item=rows_per_example,
         lengths=np.full(rows, T),
+        vectors=None,
         character_rows=lambda ids: np.zeros((*np.shape(ids), 50), np.uint16),
     )
     return Corpus(vocabulary, split, split, meta={})

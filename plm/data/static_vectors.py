@@ -33,12 +33,16 @@ def read(path: str, setting: str):
         raise UserError(f"{setting} is no GloVe or word2vec file: {error}") from None
 
 
-def table(path: str, words: Sequence[str], setting: str) -> np.ndarray:
-    """float32 [words + 1, D]: row 0, and words that the file has neither as written nor in lower case, are 0."""
+def tables(path: str, vocabularies: Sequence[Sequence[str]], setting: str) -> list[np.ndarray]:
+    """Of each list of words float32 [words + 1, D]: row 0, and words that the file has neither as written nor in lower
+    case, are 0. The file is read once."""
     vectors = read(path, setting)
-    rows = np.zeros((len(words) + 1, vectors.vector_size), np.float32)
-    for number, word in enumerate(words, start=1):
-        key = word if word in vectors else word.lower()
-        if key in vectors:
-            rows[number] = vectors[key]
-    return rows
+    found = []
+    for words in vocabularies:
+        rows = np.zeros((len(words) + 1, vectors.vector_size), np.float32)
+        for number, word in enumerate(words, start=1):
+            key = word if word in vectors else word.lower()
+            if key in vectors:
+                rows[number] = vectors[key]
+        found.append(rows)
+    return found

@@ -325,8 +325,11 @@ class TaskSplit(store.Spelled):
 
     examples: those of the split called `name` of a task (or a part of one), in the order that arrays["item_example"]
     counts; arrays: of `_Rows.arrays`. settings: seq_len, pairs, choices, word_piece, question and stride. with_words:
-    which word each piece stands for is kept too. n_tokens: ids of all rows.
+    which word each piece stands for is kept too. n_tokens: ids of all rows. vectors: float32 [words + 1, D], row 0 for
+    no word; None unless whoever opens the split gives it some.
     """
+
+    vectors: np.ndarray | None = None
 
     def __init__(
         self,
@@ -381,7 +384,7 @@ class TaskSplit(store.Spelled):
 
 class TaskRows:
     """The layout (`plm.data.pretrain.make_layout` says what one has). settings: buckets, fraction, shuffled_labels of
-    `data.task`; vectors: float32 [words + 1, D], row 0 for no word.
+    `data.task`.
 
     items(step) -> int64 [items of a batch], -1 where the batch is only filled up.
     """
@@ -396,9 +399,8 @@ class TaskRows:
         seed: int,
         settings: Mapping,
         mode: str,
-        vectors: np.ndarray | None = None,
     ):
-        self.split, self.seed, self.mode, self.vectors = split, seed, mode, vectors
+        self.split, self.seed, self.mode, self.vectors = split, seed, mode, split.vectors
         self.arrays, self.pad = dict(split.arrays), tokenizer.roles.get("pad", 0)
         self.rows_per_item = split.rows_per_item
         self.items_per_batch = batch_size // self.rows_per_item

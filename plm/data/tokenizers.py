@@ -441,6 +441,12 @@ class Tokenizer:
         return tokenizer
 
     @classmethod
+    def read(cls, path: str | os.PathLike) -> "Tokenizer":
+        """What `save` wrote there, else published vocabulary files."""
+        saved = (epath.Path(path) / "tokenizer_settings.json").exists()
+        return cls.load(path) if saved else cls.from_official(path)
+
+    @classmethod
     def from_official(cls, path: str | os.PathLike, *, lowercase: bool | None = None) -> "Tokenizer":
         """From published vocabulary files: BERT's vocab.txt, GPT's encoder JSON and merges, or ELMo's word list.
 

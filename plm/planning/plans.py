@@ -31,6 +31,7 @@ from plm.training import sharding
 from plm.training.objectives import make_objectives
 from plm.training.program import Program, carries, fresh_carry, make_batches, make_program
 from plm.training.record import TOKENIZER
+from plm.training.start import split_step
 from plm.training.step import all_weights, make_eval_step, make_loss
 
 LARGE = 16 * 2**20  # bytes on a chip from which a buffer that need not be there is worth a warning
@@ -114,14 +115,12 @@ def _piece(leaf) -> int:
 def _tokenizer(kind: str, size: int, path: str, lowercase: bool) -> Tokenizer:
     if not path:
         return placeholder.tokenizer(kind, size, lowercase=lowercase)
-    saved = (epath.Path(path) / "tokenizer_settings.json").exists()
-    return Tokenizer.load(path) if saved else Tokenizer.from_official(path)
+    return Tokenizer.read(path)
 
 
 def _inherited(config) -> str:
     """The folder of the tokenizer of the run that `init.from` names; "" where it names none."""
-    name, at, step = config.init["from"].rpartition("@")
-    folder = epath.Path(name if at and step.isdigit() else config.init["from"]) / TOKENIZER
+    folder = epath.Path(split_step(config.init["from"])[0]) / TOKENIZER
     return str(folder) if config.init["from"] and folder.exists() else ""
 
 

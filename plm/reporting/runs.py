@@ -89,6 +89,11 @@ class Run:
         return self.get("corpus", "fingerprint")
 
     @property
+    def is_task(self) -> bool:
+        """Whether it moved a model to a labelled task."""
+        return (self.config.get("data") or {}).get("layout") == "task"
+
+    @property
     def vocabulary(self) -> str:
         """What makes two nats per token comparable: the tokenizer's fingerprint."""
         return self.get("tokenizer", "fingerprint", default="unknown tokenizer")
@@ -140,7 +145,7 @@ class Run:
             found.append("run.json has no corpus fingerprint: left out of the tables")
         if self.metrics:
             have = {row.get("suite") for row in self.results if row.get("suite") != "task" or row.get("predictions")}
-            if (self.config.get("data") or {}).get("layout") == "task":
+            if self.is_task:
                 return found if "task" in have else [*found, "no results on the task: --suite=task"]
             names = {"ngrams": "n-grams", "pseudo_words": "pseudo-words"}
             found += [f"no {name}" for suite, name in names.items() if suite not in have]

@@ -22,10 +22,6 @@ SUITE, SELECTION = "task", "dev"
 PRETRAINED = "pretrained_8_grams"
 
 
-def is_task(run: Run) -> bool:
-    return (run.config.get("data") or {}).get("layout") == "task"
-
-
 def _measured(run: Run) -> dict[str, dict[str, dict]]:
     """{metric: {"selection" or "report": row}} of the suite, in the order in which they were written."""
     found: dict[str, dict[str, dict]] = {}
@@ -85,7 +81,7 @@ def _summary(runs: Sequence[Run], metric: str, part: str) -> Summary | None:
 
 def table(runs: Sequence[Run]) -> Table | None:
     """A row for each cell and metric; None without runs on tasks."""
-    tuned = [run for run in runs if is_task(run)]
+    tuned = [run for run in runs if run.is_task]
     cells: dict[str, list[Run]] = {}
     for run in tuned:
         cells.setdefault(_cell(run), []).append(run)

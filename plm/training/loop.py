@@ -16,17 +16,16 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from plm.analysis import task_results
-from plm.data.pipeline import Batches, Corpus, open_corpus, open_task, task_vectors
+from plm.data.pipeline import Batches, Corpus, open_corpus, open_task
 from plm.errors import UserError
-from plm.models.graph import ModelGraph
+from plm.models.graph import ModelGraph, build
 from plm.training import checkpoint, sharding
 from plm.training import config as configs
 from plm.training.objectives import make_objectives
 from plm.training.preemption import Notice, Preempted
-from plm.training.program import carries, fresh_carry, make_batches, make_program
+from plm.training.program import carries, compute_dtype, fresh_carry, make_batches, make_program
 from plm.training.record import CONFIG, TOKENIZER, Record
-from plm.training.start import open_source
-from plm.training.start import start as start_of
+from plm.training.start import first_state, open_source
 from plm.training.step import make_eval_step
 
 
@@ -36,7 +35,7 @@ def open_data(config, **options) -> tuple[object, Corpus]:
     if config.data.layout != "task":
         return config, open_corpus(config.data, **options)
     corpus = open_task(config, **options)
-    task, vectors = corpus.task, task_vectors(config, corpus.train)
+    task, vectors = corpus.task, corpus.train.vectors
     width = 0 if vectors is None else vectors.shape[1]
     kind, classes = task.task.kind, len(task.labels)
     return configs.settle(config, task=task.name, kind=kind, classes=classes, vectors=width), corpus
@@ -53,9 +52,11 @@ class Evaluator:
     limit: int
     carried: bool
     measure: Callable[[dict], dict[str, float]] | None = None  # of a task: {objective: {item: prediction}} -> metrics
+    step: Callable | None = None  # the program, of another evaluator of the same model and objectives
 
     def __post_init__(self):
-        self.step = make_eval_step(self.graph.bind, self.objectives, everywhere=self.batches.replicated)
+        if self.step is None:
+            self.step = make_eval_step(self.graph.bind, self.objectives, everywhere=self.batches.replicated)
         steps = self.batches.layout.steps
         self.steps = min(steps, self.limit) if self.limit else steps
         batches = self.batches
@@ -74,6 +75,10 @@ class Evaluator:
         if self.measure is not None and self.steps == self.batches.layout.steps:
             values |= {f"eval/{name}": value for name, value in self.measure(predictions).items()}
         return values
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        return self.batches.replicated.mesh
 
     def run(self, params) -> tuple[dict[str, np.ndarray], dict[str, dict[int, np.ndarray]]]:
         """({name: float64 (sum, weight)}, {objective: {item: what it predicts}}) of the whole pass."""
@@ -99,6 +104,21 @@ class Evaluator:
         return sums, predictions
 
 
+def make_evaluator(config, corpus: Corpus) -> Evaluator:
+    """An evaluator outside of training: in the loop's own batches and precision, on all devices if they divide the
+    batch, else on one. To be called under `jax.set_mesh(evaluator.mesh)`."""
+    batch_size = config.eval.batch_size or config.batch_size
+    whole = batch_size % (jax.device_count() * configs.rows_per_example(config)) == 0
+    everything = type(config.mesh)({"data": -1, "fsdp": 1, "tensor": 1})
+    mesh = sharding.make_mesh(everything, jax.devices() if whole else jax.devices()[:1])
+    objectives, coefficients = make_objectives(config, corpus.tokenizer, evaluation=True)
+    graph = build(config, corpus.tokenizer.size, tuple(config.objectives), compute_dtype(config))
+    with jax.set_mesh(mesh):
+        batches = make_batches(config, corpus, "eval", mesh)
+        carried = carries(config, batches.layout)
+        return Evaluator(graph, batches, objectives, coefficients, config.eval.batches, carried)
+
+
 def train(config, workdir: epath.PathLike) -> dict[str, float]:
     """Trains `config` (validated) in `workdir`, or goes on with it; returns the last evaluation's numbers.
 
@@ -116,7 +136,7 @@ def train(config, workdir: epath.PathLike) -> dict[str, float]:
     kept = workdir / TOKENIZER if (workdir / CONFIG).exists() else None
     source = open_source(config.init["from"]) if config.init["from"] and kept is None else None
     config, corpus = open_data(
-        config, tokenizer_directory=kept, inherited=source.tokenizer if source else None, progress=chief
+        config, tokenizer_directory=kept, inherited=source.inherited(config) if source else None, progress=chief
     )
     batches = make_batches(config, corpus, "train", mesh)
     config = configs.resolve(
@@ -149,7 +169,7 @@ def train(config, workdir: epath.PathLike) -> dict[str, float]:
             keep_at=config.checkpoint.keep_at,
             every_steps=config.checkpoint.every_steps,
         ) as saved:
-            state = start_of(config, corpus, graph, source, program.fresh, program.like, saved, record.say)
+            state = first_state(config, corpus, graph, source, program.fresh, program.like, saved, record.say)
             start = int(state.step)
             if start >= config.total_steps and record.run.facts.get("status") == "complete":
                 record.say(f"already complete after {start:,} steps: {workdir}")

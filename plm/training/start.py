@@ -1,6 +1,7 @@
 """What a run starts from: its own newest checkpoint, another run, foreign weights, or nothing."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 
@@ -37,6 +38,11 @@ class Source:
     foreign: weights.Foreign | None
     facts: dict
 
+    def inherited(self, config) -> Tokenizer | None:
+        """The tokenizer that a run of `config` takes over. ELMo's weights fit any: pretraining wants a vocabulary of
+        the corpus for its softmax, a task only the splitting into words."""
+        return self.foreign.tokenizer if self.foreign and config.data.layout == "task" else self.tokenizer
+
     def lineage(self) -> dict:
         """For run.json: where the parameters come from and which seed pretrained them."""
         inherited = self.facts.get("starts_from") or {}
@@ -50,13 +56,24 @@ class Source:
         }
 
 
+def split_step(spec: str) -> tuple[str, int | None]:
+    """`SRC[@STEP]` -> (SRC, step, None for the newest)."""
+    name, _, number = spec.rpartition("@")
+    return (name, int(number)) if name and number.isdigit() else (spec, None)
+
+
+@functools.lru_cache(maxsize=1)
+def _foreign(name: str) -> weights.Foreign:
+    """Read once for the config that a run is described by and for the parameters that it starts from."""
+    return weights.read(name)
+
+
 def open_source(spec: str) -> Source:
     """`SRC[@STEP]`. Errors: UserError where there is no model."""
-    name, _, number = spec.rpartition("@")
-    name, step = (name, int(number)) if name and number.isdigit() else (spec, None)
+    name, step = split_step(spec)
     folder = epath.Path(name)
     if step is None and not (folder / checkpoint.FOLDER).exists():
-        foreign = weights.read(name)
+        foreign = _foreign(name)
         return Source(
             name, None, foreign.config, None if foreign.fits_any_vocabulary else foreign.tokenizer, foreign, {}
         )
@@ -80,7 +97,7 @@ def _check_vocabulary(source: Source, ours: Tokenizer, path: str) -> None:
         )
 
 
-def start(
+def first_state(
     config, corpus: Corpus, graph: ModelGraph, source: Source | None, fresh: Callable, like, saved, say: Callable
 ) -> TrainState:
     """The state to go on from: this run's newest whole checkpoint, `source`, or a new one.

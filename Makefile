@@ -49,7 +49,7 @@ endef
 setup: .venv/.installed-$(VERSION)
 
 .venv/.installed-$(VERSION): pyproject.toml constraints.txt
-	$(call environment,.venv,test)
+	$(call environment,.venv,test$(comma)static)
 
 .venv-peers/.installed-$(VERSION): pyproject.toml constraints.txt
 	$(call environment,.venv-peers,peers)

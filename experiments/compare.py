@@ -35,7 +35,8 @@ from plm.training import config as configs
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What all cells of a comparison have in common. Body parameters: `transformer_layer(width, 4 width)` x layers."""
+    """What all cells of a comparison have in common. Body parameters: those of `transformer_layers`
+    blocks with an MLP of four times the width."""
 
     width: int
     heads: int
@@ -54,7 +55,7 @@ class Budget:
 
     @property
     def body(self) -> int:
-        return self.transformer_layers * transformer_layer(self.width, 4 * self.width)
+        return self.transformer_layers * common.transformer_layer(self.width, 4 * self.width)
 
 
 TINY_STEPS = 900
@@ -117,16 +118,6 @@ DEMO = {  # the three models of the demo
 }
 
 
-def transformer_layer(width: int, mlp_width: int) -> int:
-    """Parameters of a block: four square maps, the MLP, two LayerNorms."""
-    return 4 * (width * width + width) + 2 * width * mlp_width + mlp_width + width + 4 * width
-
-
-def lstm_layer(inputs: int, cells: int, outputs: int) -> int:
-    """Parameters of a projected LSTM layer of one direction: four gates with biases, the projection."""
-    return (inputs + outputs) * 4 * cells + 4 * cells + cells * outputs
-
-
 def body(budget: Budget, architecture: str, objective: str, *, per_tower: bool = False) -> dict[str, int]:
     """The settings of `config.model` that spend the budget.
 
@@ -140,8 +131,8 @@ def body(budget: Budget, architecture: str, objective: str, *, per_tower: bool =
     towers = 2 if objective == "bidirectional" and not per_tower else 1
     if architecture == "transformer":
         layer = budget.body / (towers * budget.transformer_layers)
-        fixed = transformer_layer(budget.width, 0)
-        mlp_width = rounded((layer - fixed) / (transformer_layer(budget.width, 1) - fixed))
+        fixed = common.transformer_layer(budget.width, 0)
+        mlp_width = rounded((layer - fixed) / (common.transformer_layer(budget.width, 1) - fixed))
         return {
             "layers": budget.transformer_layers,
             "heads": budget.heads,
@@ -153,7 +144,7 @@ def body(budget: Budget, architecture: str, objective: str, *, per_tower: bool =
     layer = budget.body / (towers * joined * budget.lstm_layers)
     return {
         "layers": budget.lstm_layers,
-        "lstm.cells": rounded(layer / lstm_layer(budget.width, 1, outputs)),
+        "lstm.cells": rounded(layer / common.lstm_layer(budget.width, 1, outputs)),
         "lstm.projection": outputs,
     }
 

@@ -6,6 +6,7 @@
 | preset | cells / output | highways | parameters without softmax | hardware, time | expected |
 | --- | --- | --- | --- | --- | --- |
 | tiny | 256 / 128 | 1 | 0.7M | 2 CPU cores, minutes | past the bigram, each direction, on the embedded corpus |
+| laptop | 256 / 128 | 1 | 0.7M | 1 CPU core, 2 hours | docs/transfer.md |
 | small | 1024 / 128 | 1 | 13,593,296 | not published | not published |
 | medium | 2048 / 256 | 1 | 28,027,728 | not published | not published |
 | original | 4096 / 512 | 2 | 93,600,848 | 3 GTX 1080, two weeks | 39.7, mean of both directions' perplexities |
@@ -26,8 +27,8 @@ SIZES = {"small": (1024, 128, 1), "medium": (2048, 256, 1), "original": (4096, 5
 
 
 def get_config(arguments: str = ""):
-    """arguments: size=original|medium|small|tiny."""
-    size = configs.arguments(arguments, size=("original", "medium", "small", "tiny")).size
+    """arguments: size=original|medium|small|laptop|tiny."""
+    size = configs.arguments(arguments, size=("original", "medium", "small", "laptop", "tiny")).size
     cells, output, highways = SIZES.get(size, (256, 128, 1))
     config = common.configure(
         {
@@ -71,11 +72,12 @@ def get_config(arguments: str = ""):
         "characters.activation": "relu",
     }
     samples = 8192
-    if size == "tiny":
-        # A vocabulary this small needs no sampling. See common.TINY for the init.
-        configs.apply(config, {**common.tiny(common.TINY["elmo"]), "softmax_chunk": 0})
+    if size in ("tiny", "laptop"):
+        # A tiny vocabulary needs no sampling. See common.TINY for the init.
+        recipe, source = (common.TINY, "pydocs") if size == "tiny" else (common.LAPTOP, "")
+        configs.apply(config, {**common.on_cpu(recipe["elmo"], source), "softmax_chunk": 0})
         model |= {"characters.filters": ((1, 32), (2, 32), (3, 64), (4, 64)), "init": "fan_in", "dropout": 0.0}
-        samples = 0
+        samples = 0 if size == "tiny" else 2048
     configs.set_model(config, model)
     configs.add_objective(config, "bidirectional", samples=samples)
     return config

@@ -16,6 +16,8 @@ decides what its paper does with it:
 | paper (default) | all parameters, 0.5 x LM loss beside; both orders of two like texts; last token | all parameters; \
 `[CLS]` through its pooler | frozen; mix of layers into a BiLSTM; two texts apart |
 | full | all parameters, one linear output | the same | all parameters, both towers' ends |
+| bert | BERT's way, on the last token (its table 5): dense and tanh before the output, BERT's optimizer | as paper | \
+as full, BERT's optimizer |
 | features | frozen; learned mix of all layers, BiLSTM of 128 cells, linear | the same | the same |
 | probe | frozen; learned mix of all layers, linear | the same | the same |
 | static | nothing but the tokens' own vectors, frozen, BiLSTM, linear | the same | the same |
@@ -42,10 +44,10 @@ from experiments import common
 from plm.data.tasks import KINDS, TASKS
 from plm.training import config as configs
 
-WAYS = ("paper", "full", "features", "probe", "static")
+WAYS = ("paper", "full", "bert", "features", "probe", "static")
 FROZEN = ("^(embedding|blocks|backward_blocks)/",)
 CHOICES = {"swag": 4, "dream": 3, "storycloze": 2, "race_middle": 4, "race_high": 4, "docstring_signature": 4}
-ALIKE = ("mrpc", "qqp", "stsb")  # two texts without an order: GPT reads them in both
+ALIKE = ("mrpc", "qqp", "stsb", "docstring_same")  # two texts without an order: GPT reads them in both
 GRID = {"forward": (6.25e-5, 2e-4, 6e-4), "full": (2e-5, 5e-5, 2e-4), "both": (3e-4, 1e-3, 3e-3)}
 EPOCHS = (3.0, 6.0)
 
@@ -124,8 +126,9 @@ def _recipe(config, given, kind: str, source) -> None:
         head |= {"reads": reads, "pooling": "max", "lstm": 0 if given.way == "probe" else 128, "input_dropout": 0.1}
         head |= {"mix_penalty": 0.001} if given.way == "paper" else {}
         pairs = "apart"
+    elif given.way == "bert" or (given.way == "paper" and direction == "full"):
+        head["pooler"] = objective in ("classify", "regress", "choose")
     elif given.way == "paper":
-        head["pooler"] = direction == "full" and objective in ("classify", "regress", "choose")
         pairs = "both_orders" if direction == "forward" and given.task in ALIKE else "joined"
     two_texts = kind in ("pair", "similarity", "word")
     if objective in ("classify", "regress"):
@@ -140,7 +143,7 @@ def _recipe(config, given, kind: str, source) -> None:
     rows = choices if objective == "choose" else 1 if head.get("pairs", "joined") == "joined" else 2
     # A word's last piece is the first that has seen all of it, reading from the left.
     settings = {"batch_size": 32 * rows, "data.task.word_piece": "first" if direction == "full" else "last"}
-    configs.apply(config, settings | _optimizer(direction, frozen))
+    configs.apply(config, settings | _optimizer("full" if given.way == "bert" else direction, frozen))
     if frozen:
         quiet = ("dropout", "embedding_dropout", "attention_dropout")
         configs.apply(config, {f"model.{key}": 0.0 for key in quiet if key in config.model})

@@ -6,6 +6,7 @@
 | preset | layers x width | parameters | hardware, time | expected |
 | --- | --- | --- | --- | --- |
 | tiny | 2 x 128 | 0.9M | 2 CPU cores, minutes | past the bigram on the embedded corpus |
+| laptop | 4 x 128 | 1.9M | 1 CPU core, an hour | docs/transfer.md |
 | base (also `gpt`) | 12 x 768 | 116,534,784 | not in the paper | 18.4 per-token perplexity on BooksCorpus |
 
 `base` is the paper's recipe: 512-token blocks of long contiguous text, 64 rows, 100 epochs, Adam with peak 2.5e-4,
@@ -14,6 +15,10 @@ everywhere (on the embedding matrix itself, as in the released code). The paper 
 clip for pretraining: 0.9 / 0.999 / 1e-8 and norm 1 are those of its fine-tuning code. BooksCorpus is not distributed:
 bring your own text. The 18.4 is per piece of the paper's vocabulary on an unstated split, so it compares with nothing
 but itself.
+
+`body=lstm` is the LSTM of its table 5, of which the paper says no more than "a single layer 2048 unit LSTM using the
+same framework": as many cells for each unit of width, projected to the width so that all else stays the same.
+`body=matched`: two LSTM layers with the Transformer's number of parameters.
 """
 
 from experiments import common
@@ -21,8 +26,11 @@ from plm.training import config as configs
 
 
 def get_config(arguments: str = ""):
-    """arguments: size=base|gpt|tiny; `gpt` is another name of `base`."""
-    size = configs.arguments(arguments, size=("base", "gpt", "tiny")).size
+    """arguments: size=base|gpt|laptop|tiny (`gpt` is another name of `base`), body=transformer|lstm|matched."""
+    given = configs.arguments(
+        arguments, size=("base", "gpt", "laptop", "tiny"), body=("transformer", "lstm", "matched")
+    )
+    size = given.size
     config = common.configure(
         {
             "data.source": "",
@@ -63,11 +71,27 @@ def get_config(arguments: str = ""):
         "init": "normal",
         "init_stddev": 0.02,
     }
-    if size == "tiny":
-        # Two minutes never overfit: no dropout. See common.TINY for the init.
-        configs.apply(config, {**common.tiny(common.TINY["gpt"]), "softmax_chunk": 0})
-        model |= {"width": 128, "layers": 2, "heads": 2, "mlp_width": 512, "max_positions": 128, "init": "fan_in"}
+    if size in ("tiny", "laptop"):
+        # So little text read so seldom is not overfitted: no dropout. See common.TINY for the init.
+        recipe, source = (common.TINY, "pydocs") if size == "tiny" else (common.LAPTOP, "")
+        configs.apply(config, {**common.on_cpu(recipe["gpt"], source), "softmax_chunk": 0})
+        layers = 2 if size == "tiny" else 4
+        model |= {"width": 128, "layers": layers, "heads": layers, "mlp_width": 512, "max_positions": 128}
+        model["init"] = "fan_in"
         model |= {"dropout": 0.0, "attention_dropout": 0.0, "embedding_dropout": 0.0}
+    if given.body != "transformer":
+        model = lstm_body(model, matched=given.body == "matched")
     configs.set_model(config, model)
     configs.add_objective(config, "causal")
     return config
+
+
+def lstm_body(model: dict, *, matched: bool) -> dict:
+    """The settings of a Transformer's model, with an LSTM in its place."""
+    width, layers = model["width"], 2 if matched else 1
+    parameters = model["layers"] * common.transformer_layer(width, model["mlp_width"])
+    cells = round(parameters / (layers * common.lstm_layer(width, 1, width))) if matched else round(2048 * width / 768)
+    only = ("heads", "mlp_width", "max_positions", "attention_dropout")
+    kept = {key: value for key, value in model.items() if key not in only}
+    lstm = {"lstm.cells": cells, "lstm.projection": width, "lstm.residual": True}
+    return kept | {"architecture": "lstm", "layers": layers, **lstm}

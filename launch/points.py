@@ -19,28 +19,61 @@ from plm.errors import UserError
 from plm.training import config as configs
 
 TRAIN = (sys.executable, "-m", "plm.train")
+EVALUATE = (sys.executable, "-m", "plm.evaluate")
 STATES = ("finished", "running", "queued", "interrupted", "failed", "waiting")
 RECORD = "point.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """name: of its workdir; spec: FILE.py:arguments; overrides: {dotted key: value or its text}."""
+    """A run, or a measurement of another point's model.
+
+    workdir: where its files go; spec: FILE.py:arguments, "" for a measurement; overrides: {dotted key: value or its
+    text}; start: the point whose model it starts from or measures, as its parent's name; model: that one's workdir;
+    measure: flags of plm.evaluate, of a run for what is measured when it is trained.
+    """
 
     name: str
+    workdir: epath.Path
     spec: str
-    overrides: dict[str, Any]
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+    start: str = ""
+    model: str = ""
+    measure: tuple[str, ...] = ()
+
+    @property
+    def trains(self) -> bool:
+        return bool(self.spec)
 
     def flags(self) -> list[str]:
-        return [f"--config={self.spec}", *(configs.as_flag(key, value) for key, value in self.overrides.items())]
+        if not self.trains:
+            return [f"--model={self.model}", *self.measure]
+        start = {"init.from": self.model} if self.model else {}
+        settings = {**self.overrides, **start}
+        given = (configs.as_flag(key, value) for key, value in settings.items())
+        return [f"--config={self.spec}", *given, *self.measure]
 
     def text(self) -> str:
         """One line: the name and the flags."""
         return f"{self.name}: {shlex.join(self.flags())}"
 
-    def command(self, root: epath.Path, train: Sequence[str] | None = None) -> tuple[str, ...]:
-        """What trains it; train: what stands for `python -m plm.train`."""
-        return (*(train or TRAIN), *self.flags(), f"--workdir={root / self.name}")
+    def command(self, python: Sequence[str] | None = None) -> tuple[str, ...]:
+        """What does it; python: what stands for this interpreter."""
+        module = TRAIN if self.trains else EVALUATE
+        program = (*python, *module[1:]) if python else module
+        return (*program, *self.flags(), f"--{'workdir' if self.trains else 'output'}={self.workdir}")
+
+
+def stages(points: Sequence[Point]) -> list[list[Point]]:
+    """The points that wait for nothing, those that start from one of them, and so on."""
+    depth: dict[str, int] = {}
+    found: list[list[Point]] = []
+    for point in points:  # a parent stands before its children
+        depth[point.name] = 1 + depth.get(point.start, -1)
+        while len(found) <= depth[point.name]:
+            found.append([])
+        found[depth[point.name]].append(point)
+    return [stage for stage in found if stage]
 
 
 # point.json: what was started and how it ended
@@ -70,22 +103,20 @@ def write_json(path: epath.Path, value: Any) -> None:
 class Records:
     """Writes point.json of the points of a launch.
 
-    points: all of them; texts: {name: the resolved config as text}, by which a later launch knows the same point.
+    texts: {name: what the point is made of, as text}, by which a later launch knows the same point.
     """
 
-    def __init__(self, root: epath.Path, points: Sequence[Point], texts: dict[str, str]):
-        self.root, self._texts = root, texts
-        self._points = {point.name: point for point in points}
+    def __init__(self, texts: dict[str, str]):
+        self._texts = texts
 
-    def started(self, name: str, backend: str, **facts) -> None:
+    def started(self, point: Point, backend: str, **facts) -> None:
         """facts: pid or job, and where it runs (`on`)."""
-        attempts = read_json(self.root / name / RECORD).get("attempts", 0) + 1
-        point = self._points[name]
-        fresh = {"spec": point.spec, "overrides": point.overrides, "config": self._texts[name]}
-        self.note(name, **fresh, backend=backend, attempts=attempts, return_code=None, **facts)
+        attempts = read_json(point.workdir / RECORD).get("attempts", 0) + 1
+        fresh = {"spec": point.spec, "overrides": point.overrides, "config": self._texts[point.name]}
+        self.note(point, **fresh, backend=backend, attempts=attempts, return_code=None, **facts)
 
-    def note(self, name: str, **facts) -> None:
-        path = self.root / name / RECORD
+    def note(self, point: Point, **facts) -> None:
+        path = point.workdir / RECORD
         write_json(path, {**read_json(path), **facts})
 
 
@@ -152,11 +183,11 @@ def progress(workdir: epath.Path) -> dict[str, Any]:
     return result
 
 
-def table(points: Sequence[Point], root: epath.PathLike, jobs: Callable[[str], str] | None = None) -> str:
+def table(points: Sequence[Point], jobs: Callable[[str], str] | None = None) -> str:
     """Name, state, step, loss and speed of every point, and where it runs while it does."""
     rows = [("point", "state", "step", "loss", "tokens/s", "on")]
     for point in points:
-        workdir = epath.Path(root) / point.name
+        workdir = point.workdir
         known, now = progress(workdir), state(workdir, jobs)
         step = "" if known.get("step") is None else f"{known['step']}/{known['total'] or '?'}"
         loss = known.get("loss")

@@ -53,10 +53,10 @@ def define_flags() -> None:
     flags.DEFINE_bool("wait", False, "slurm: stays until no point is queued or running")
 
 
-def script_path(root: epath.Path) -> Path:
-    """A new name for each submission."""
+def script_path(root: epath.Path, further: int = 0) -> Path:
+    """A new name for each submission; further: of those that will be before this one."""
     folder = Path(root) / FOLDER
-    number = 1 + max((int(path.stem) for path in folder.glob("*.sh")), default=0)
+    number = 1 + further + max((int(path.stem) for path in folder.glob("*.sh")), default=0)
     return folder / f"{number}.sh"
 
 
@@ -76,8 +76,9 @@ def script(points: Sequence[Point], root: epath.Path, options: Options) -> str:
     ]
     cases = []
     for index, point in enumerate(points):
-        command = shlex.join(point.command(root))
-        cases.append(f"{index}) workdir={shlex.quote(str(root / point.name))}; set -- {command} ;;")
+        command = shlex.join(point.command())
+        tasks = options.processes if point.trains else 1
+        cases.append(f"{index}) tasks={tasks}; workdir={shlex.quote(str(point.workdir))}; set -- {command} ;;")
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH {shlex.quote(directive) if ' ' in directive else directive}" for directive in directives),
@@ -90,7 +91,7 @@ def script(points: Sequence[Point], root: epath.Path, options: Options) -> str:
         "esac",
         'echo "$(date -Is) attempt $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST: $workdir"',
         "# Processes end together by themselves; srun's --wait is for those that do not.",
-        f"srun --kill-on-bad-exit=0 --wait={options.grace_seconds} --open-mode=append"
+        f'srun --ntasks="$tasks" --kill-on-bad-exit=0 --wait={options.grace_seconds} --open-mode=append'
         ' --output="$workdir/log.%t.txt" "$@"',
         "code=$?",
         'echo "$(date -Is) exit code $code"',
@@ -101,9 +102,10 @@ def script(points: Sequence[Point], root: epath.Path, options: Options) -> str:
     return "\n".join(lines) + "\n"
 
 
-def submit_command(path: Path) -> list[str]:
-    """--parsable prints the job's number and nothing else."""
-    return ["sbatch", "--parsable", str(path)]
+def submit_command(path: Path, after: str = "") -> list[str]:
+    """--parsable prints the job's number and nothing else. after: a job that has to be over, in whichever way: a point
+    whose parent failed says so itself, and the others run."""
+    return ["sbatch", "--parsable", *([f"--dependency=afterany:{after}"] if after else []), str(path)]
 
 
 def _call(command: Sequence[str]) -> str:
@@ -116,20 +118,18 @@ def _call(command: Sequence[str]) -> str:
     return done.stdout
 
 
-def submit(points: Sequence[Point], records: Records, options: Options) -> str:
-    """Submits them as one array; returns its number."""
-    root, path = records.root, script_path(records.root)
+def submit(points: Sequence[Point], root: epath.Path, records: Records, options: Options, after: str = "") -> str:
+    """Submits them as one array; returns its number. after: see `submit_command`."""
+    path = script_path(root)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(script(points, root, options))
     for point in points:
-        (root / point.name).mkdir(parents=True, exist_ok=True)
-        (root / point.name / "return_code").unlink(missing_ok=True)
-    number = _call(submit_command(path)).strip().split(";")[0]
+        point.workdir.mkdir(parents=True, exist_ok=True)
+        (point.workdir / "return_code").unlink(missing_ok=True)
+    number = _call(submit_command(path, after)).strip().split(";")[0]
     for index, point in enumerate(points):
         job = f"{number}_{index}"
-        records.started(
-            point.name, "slurm", job=job, on=f"job {job}", command=list(point.command(root)), started=time.time()
-        )
+        records.started(point, "slurm", job=job, on=f"job {job}", command=list(point.command()), started=time.time())
     return number
 
 

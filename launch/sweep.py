@@ -12,6 +12,10 @@ An experiment file's `sweep(add, arguments)` calls `add(name, arguments, overrid
 the colon of its own file, and {dotted key: value}. `--config.KEY=VALUE` overrides a key of every point. With
 `--seeds=N` each point runs with seeds 0 .. N-1, as NAME-seed0, ...
 
+A point may start from another one (`Add.__call__`): it runs when that one is finished. A point that several sweeps need
+lies in a folder that they share, --shared, beside ROOT by default; whichever sweep comes first runs it. Where a
+sweep returns a `plm.reporting.studies.Study`, ROOT/study.json tells `plm.report` what its points are cells of.
+
 Every point is validated before the first one starts. Each has its workdir ROOT/NAME with, beside the run's own files,
 `point.json` (what was started, how it ended) and `log.txt` (what it printed). A finished point is skipped; one that was
 interrupted is resumed by running `python -m plm.train` again. Exit code 0: every chosen point is finished (Slurm:
@@ -33,62 +37,157 @@ from absl import flags
 from etils import epath
 
 from launch import local, slurm, tpu
-from launch.points import RECORD, OnlyOne, Point, Records, read_json, state, table
+from launch.points import RECORD, OnlyOne, Point, Records, read_json, stages, state, table, write_json
 from plm.command import run as run_command
 from plm.errors import UserError
+from plm.reporting import studies
+from plm.reporting.studies import Study
 from plm.training import config as configs
 
 
-def read_points(spec: str, overrides: dict[str, Any] | None = None, seeds: int = 0) -> list[Point]:
-    """The points of the sweep that `FILE.py:arguments` names, each with the overrides that hold for all.
+class Add:
+    """What an experiment file's `sweep(add, arguments)` makes its points with.
 
-    seeds: 0 leaves the config's seed, N > 0 gives N points for each.
+    seeds: of --seeds, 0 if it is not given. files: of --config.data.task.files, "" if it is not given.
+    """
+
+    def __init__(self, path: str, overrides: dict[str, Any], seeds: int, root: epath.Path, shared: epath.Path):
+        self.seeds, self.files = seeds, str(overrides.get("data.task.files", ""))
+        self._path, self._overrides, self._root, self._shared = path, overrides, root, shared
+        self.points: dict[str, Point] = {}
+        self._configs: dict[str, Any] = {}
+        self._taken: set[str] = set()
+
+    def __call__(
+        self,
+        name: str,
+        arguments: str = "",
+        overrides: dict[str, Any] | None = None,
+        *,
+        file: str = "",
+        defaults: dict[str, Any] | None = None,
+        start: str = "",
+        step: int | None = None,
+        shared: bool = False,
+        measure: Sequence[str] = (),
+    ) -> str:
+        """Adds a run: FILE:arguments with overrides; returns its full name.
+
+        file: another experiment file than the sweep's own; defaults: overrides that the user may override; start: the
+        full name of an earlier point whose model it starts from; step: of another checkpoint of that than the newest;
+        shared: it is one that other sweeps need too; measure: flags of plm.evaluate, run when it is trained.
+
+        A point whose overrides have a seed is one point, whatever --seeds says. What the user overrides in `data` goes
+        where it is read: `data.task.*` to runs on tasks, the rest of it to those that read text.
+        """
+        own = dict(overrides or {})
+        seeds = [None] if "seed" in own else list(range(self.seeds)) or [None]
+        spec = f"{file or self._path}:{arguments}" if arguments else file or self._path
+        for number in seeds:
+            full = name if number is None else f"{name}-seed{number}"
+            settings = {**(defaults or {}), **own, **self._of_user(full, spec, own, start)}
+            settings |= {} if number is None else {"seed": number}
+            at = "" if step is None else f"@{step}"
+            self._add(full, spec=spec, overrides=settings, start=start, at=at, shared=shared, measure=measure)
+        return full
+
+    def measure(self, name: str, model: str, flags: Sequence[str], at: str = "") -> str:
+        """Adds a measurement of an earlier point's model: flags of plm.evaluate; its rows lie in its own workdir.
+
+        at: @STEP or @all, for other checkpoints than the newest.
+        """
+        self._add(name, spec="", overrides={}, start=model, at=at, shared=False, measure=flags)
+        return name
+
+    def _add(
+        self, name: str, *, spec: str, overrides: dict, start: str, at: str, shared: bool, measure: Sequence[str]
+    ) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.=+-]*", name):
+            raise UserError(f"point {name!r} of {self._path}: a name is letters, digits and _ . = + -")
+        if name in self.points:
+            raise UserError(f"point {name!r} of {self._path} is added twice")
+        if start and start not in self.points:
+            raise UserError(f"point {name!r} of {self._path} starts from {start!r}, which is no point before it")
+        model = f"{self.points[start].workdir}{at}" if start else ""
+        workdir = (self._shared if shared else self._root) / name
+        self.points[name] = Point(name, workdir, spec, overrides, start, model, tuple(measure))
+
+    def _of_user(self, name: str, spec: str, own: dict[str, Any], start: str) -> dict[str, Any]:
+        """The user's overrides that are for this point."""
+        on_task = any(key.startswith("data.") for key in self._overrides) and self._is_task(name, spec, own, start)
+        found = {}
+        for key, value in self._overrides.items():
+            if key.startswith("data.") and key != "data.workers" and key.startswith("data.task.") != on_task:
+                continue
+            self._taken.add(key)
+            if key in own:
+                raise UserError(f"--config.{key}: point {name!r} of the sweep sets this key itself")
+            found[key] = value
+        return found
+
+    def _is_task(self, name: str, spec: str, own: dict[str, Any], start: str) -> bool:
+        source = None
+        if not start:
+            own = own | {key: self._overrides[key] for key in ("init.from",) if key in self._overrides}
+        elif start in self._configs:
+            source = self._configs[start]
+        self._configs[name] = configs.load(spec, own, complete=False, source=source)
+        return self._configs[name].data.layout == "task"
+
+    def check(self, spec: str) -> None:
+        """Errors: UserError for no points, and an override that is for none."""
+        if not self.points:
+            raise UserError(f"the sweep of {spec!r} has no points")
+        for key in self._overrides:
+            if key not in self._taken:
+                what = "runs on a task" if key.startswith("data.task.") else "reads text"
+                raise UserError(f"--config.{key}: no point of {spec!r} {what}")
+
+
+def shared_folder(root: epath.Path, shared: str = "") -> epath.Path:
+    """Where the points lie that sweeps share; beside `root` by default."""
+    return epath.Path(shared) if shared else root.parent / "shared"
+
+
+def read_points(
+    spec: str, root: epath.Path, overrides: dict[str, Any] | None = None, seeds: int = 0, shared: str = ""
+) -> tuple[list[Point], Study | None]:
+    """The points of the sweep that `FILE.py:arguments` names, parents first, and what they are cells of.
+
+    overrides: those that hold for all; seeds: 0 leaves the config's seed, N > 0 gives N points for each.
 
     Raises:
       UserError: a file without a sweep, a name twice or unfit for a folder, no points.
     """
     path, arguments = configs.split_spec(spec)
-    module = configs.read_file(path)
-    if not callable(getattr(module, "sweep", None)):
-        raise UserError(f"--config={path!r} defines no sweep(add, arguments); python -m plm.train runs a single config")
-    points: dict[str, Point] = {}
-
-    def add(name: str, arguments: str = "", point_overrides: dict[str, Any] | None = None) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.=+-]*", name):
-            raise UserError(f"point {name!r} of {path}: a name is letters, digits and _ . = + -")
-        both = {**(point_overrides or {}), **(overrides or {})}
-        clash = [key for key in overrides or {} if key in (point_overrides or {})]
-        if clash:
-            raise UserError(f"--config.{clash[0]}: point {name!r} of the sweep sets this key itself")
-        point_spec = f"{path}:{arguments}" if arguments else path
-        named = [(f"{name}-seed{seed}", {**both, "seed": seed}) for seed in range(seeds)] or [(name, both)]
-        for full_name, settings in named:
-            if full_name in points:
-                raise UserError(f"point {full_name!r} of {path} is added twice")
-            points[full_name] = Point(full_name, point_spec, settings)
-
+    module = configs.read_file(path, needs="sweep")
     if seeds and "seed" in (overrides or {}):
         raise UserError("--seeds and --config.seed exclude each other")
-    module.sweep(add, arguments)
-    if not points:
-        raise UserError(f"the sweep of {spec!r} has no points")
-    return list(points.values())
+    add = Add(path, overrides or {}, seeds, root, shared_folder(root, shared))
+    study = module.sweep(add, arguments)
+    add.check(spec)
+    return list(add.points.values()), study
 
 
 def choose(points: Sequence[Point], only: Sequence[str]) -> list[Point]:
-    """The points whose names match one of the patterns `only` (`*` and `?` as in a shell); all without patterns."""
+    """The points whose names match one of the patterns `only` (`*` and `?` as in a shell), and those that they start
+    from; all without patterns."""
     for pattern in only:
         if not any(fnmatch.fnmatchcase(point.name, pattern) for point in points):
             raise UserError(f"--only={pattern!r} matches no point; they are {', '.join(p.name for p in points)}")
-    return [p for p in points if not only or any(fnmatch.fnmatchcase(p.name, pattern) for pattern in only)]
+    wanted = {p.name for p in points if not only or any(fnmatch.fnmatchcase(p.name, pattern) for pattern in only)}
+    for point in reversed(points):
+        if point.name in wanted and point.start:
+            wanted.add(point.start)
+    return [point for point in points if point.name in wanted]
 
 
 # -- running -----------------------------------------------------------------------------------------------------------
 
 
-def _check_same_point(point: Point, workdir: epath.Path, text: str) -> None:
+def _check_same_point(point: Point, text: str) -> None:
     """Refuses to skip or resume a workdir that was made from another config than the point now has."""
-    before = read_json(workdir / RECORD).get("config")
+    before = read_json(point.workdir / RECORD).get("config")
     if before is None or before == text:
         return
     old, new = (dict(line.split(" = ", 1) for line in t.splitlines()) for t in (before, text))
@@ -99,34 +198,71 @@ def _check_same_point(point: Point, workdir: epath.Path, text: str) -> None:
         if old.get(key) != new.get(key) and not key.startswith(free)
     ]
     if changed:
-        raise UserError(f"{workdir} was made by another {point.name!r}: {'; '.join(changed)}. Choose another --root")
+        raise UserError(
+            f"{point.workdir} was made by another {point.name!r}: {'; '.join(changed)}. Choose another --root"
+            " (--shared, for points that sweeps share)"
+        )
+
+
+def validate(points: Sequence[Point], *, complete: bool = True) -> dict[str, str]:
+    """{name: what the point is made of, as text}: the config of a run, the flags of a measurement.
+
+    complete: see `plm.training.config.validate`.
+
+    Raises:
+      UserError: the first thing that is wrong, and with which point.
+    """
+    made, texts = {}, {}
+    for point in points:
+        if not point.trains:
+            texts[point.name] = "".join(f"{key} = {value!r}\n" for key, value in _measured(point))
+            continue
+        try:
+            source, overrides = None, point.overrides
+            if point.start:
+                source = made[point.start]
+                overrides = {**overrides, "init.from": point.model}
+            made[point.name] = configs.load(point.spec, overrides, complete=complete, source=source)
+        except UserError as error:
+            raise UserError(f"point {point.name!r}: {error}") from error
+        texts[point.name] = configs.to_text(made[point.name])
+    return texts
+
+
+def _measured(point: Point) -> list[tuple[str, str]]:
+    return [("model", point.model), *(tuple(flag.removeprefix("--").partition("=")[::2]) for flag in point.measure)]
 
 
 def launch(
-    points: Sequence[Point], root: epath.PathLike, *, retry: str, chosen: Sequence[Point], backend: "Backend"
+    points: Sequence[Point],
+    root: epath.Path,
+    *,
+    retry: str,
+    chosen: Sequence[Point],
+    backend: "Backend",
+    study: Study | None = None,
 ) -> int:
     """Validates all points, runs the chosen ones that are not finished, returns the exit code."""
-    root, texts = epath.Path(root), {}
-    for point in points:
-        try:
-            texts[point.name] = configs.to_text(configs.load(point.spec, point.overrides))
-        except UserError as error:
-            raise UserError(f"point {point.name!r}: {error}") from error
+    texts = validate(points)
     for point in chosen:
-        _check_same_point(point, root / point.name, texts[point.name])
+        _check_same_point(point, texts[point.name])
     again = ("waiting", "interrupted", *(["failed"] if retry == "failed" else []))
     jobs = backend.jobs()
-    # Before the lock is ours: a point that another launcher watches is known by its lock.
-    states = {point.name: state(root / point.name, jobs) for point in chosen}
-    with OnlyOne(root):
+    # Before the locks are ours: a point that another launcher watches is known by its lock.
+    states = {point.name: state(point.workdir, jobs) for point in chosen}
+    todo = [point for point in chosen if states[point.name] in again]
+    with contextlib.ExitStack() as locks:
+        for folder in dict.fromkeys([root, *(point.workdir.parent for point in todo)]):
+            locks.enter_context(OnlyOne(folder))
         for point in chosen:
-            record = read_json(root / point.name / RECORD)
+            record = read_json(point.workdir / RECORD)
             if states[point.name] == "running" and record.get("backend") == "local":
-                raise UserError(f"{root / point.name} is in use by process {record.get('pid')}")
-        todo = [point for point in chosen if states[point.name] in again]
-        _watch(backend.run(todo, chosen, Records(root, points, texts)), chosen, root, backend)
-        print(table(chosen, root, backend.jobs()), flush=True)
-    return backend.exit_code([state(root / point.name, backend.jobs()) for point in chosen])
+                raise UserError(f"{point.workdir} is in use by process {record.get('pid')}")
+        if study is not None:
+            write_json(root / studies.FILE, study.record({point.name: point.workdir for point in points}, root))
+        _watch(backend.run_all(todo, chosen, Records(texts)), chosen, backend)
+        print(table(chosen, backend.jobs()), flush=True)
+    return backend.exit_code([state(point.workdir, backend.jobs()) for point in chosen])
 
 
 class Backend:
@@ -136,13 +272,25 @@ class Backend:
         """What `points.state` asks about jobs that a scheduler has; None without one."""
         return None
 
-    def commands(self, points: Sequence[Point], root: epath.Path) -> list[str]:
+    def commands(self, points: Sequence[Point]) -> list[str]:
         """For --dry_run: the lines that would be run."""
         raise NotImplementedError
 
-    def run(self, points: Sequence[Point], chosen: Sequence[Point], records: Records) -> Iterator[None]:
-        """Runs `points`, those of `chosen` that have to be; writes their records, yields often."""
+    def run(self, points: Sequence[Point], records: Records) -> Iterator[None]:
+        """Runs `points`, none of which waits for another; writes their records, yields often."""
         raise NotImplementedError
+
+    def run_all(self, points: Sequence[Point], chosen: Sequence[Point], records: Records) -> Iterator[None]:
+        """Runs `points`, those of `chosen` that have to be, each when the one that it starts from is finished."""
+        by_name = {point.name: point for point in chosen}
+        for stage in stages(points):
+            ready = []
+            for point in stage:
+                if point.start and state(by_name[point.start].workdir, self.jobs()) != "finished":
+                    print(f"waiting  {point.name}: {point.start} is not finished", flush=True)
+                else:
+                    ready.append(point)
+            yield from self.run(ready, records)
 
     def exit_code(self, states: Sequence[str]) -> int:
         """0 if all chosen points are as they should be when the command ends."""
@@ -155,37 +303,39 @@ class Local(Backend):
     def __init__(self, *, workers: int, processes: int = 1, devices: Sequence[str] | None = None, grace: float = 60.0):
         self.workers, self.processes, self.devices, self.grace = workers, processes, devices, grace
 
-    def _jobs(self, points: Sequence[Point], root: epath.Path) -> list[local.Job]:
+    def _jobs(self, points: Sequence[Point]) -> list[local.Job]:
         return [
             local.Job(
                 point.name,
-                point.command(root),
-                Path(root / point.name / "log.txt"),
+                point.command(),
+                Path(point.workdir / "log.txt"),
                 Path.cwd(),  # relative paths of configs and corpora mean what they mean here
-                self.processes,
+                self.processes if point.trains else 1,
             )
             for point in points
         ]
 
-    def commands(self, points: Sequence[Point], root: epath.Path) -> list[str]:
-        return [shlex.join(command) for job in self._jobs(points, root) for command in job.commands()]
+    def commands(self, points: Sequence[Point]) -> list[str]:
+        return [shlex.join(command) for job in self._jobs(points) for command in job.commands()]
 
-    def run(self, points: Sequence[Point], chosen: Sequence[Point], records: Records) -> Iterator[None]:
-        root = records.root
+    def run(self, points: Sequence[Point], records: Records) -> Iterator[None]:
+        by_name = {point.name: point for point in points}
 
         def started(job: local.Job, pid: int, share: local.Share) -> None:
-            records.started(job.name, "local", pid=pid, on=share.text(), command=list(job.command), started=time.time())
+            facts = {"pid": pid, "on": share.text(), "command": list(job.command), "started": time.time()}
+            records.started(by_name[job.name], "local", **facts)
             print(f"started  {job.name}  (log: {job.log})", flush=True)
 
         def ended(job: local.Job, code: int) -> None:
-            records.note(job.name, ended=time.time(), return_code=code)
-            print(f"{state(root / job.name):8} {job.name}" + (f"  (exit code {code})" if code else ""), flush=True)
+            point = by_name[job.name]
+            records.note(point, ended=time.time(), return_code=code)
+            print(f"{state(point.workdir):8} {job.name}" + (f"  (exit code {code})" if code else ""), flush=True)
             if code > 0:
                 for line in job.log.read_text(errors="replace").splitlines()[-5:]:
                     print(f"    {line}", flush=True)
 
         return local.run(
-            self._jobs(points, root),
+            self._jobs(points),
             workers=self.workers,
             on_start=started,
             on_end=ended,
@@ -195,26 +345,30 @@ class Local(Backend):
 
 
 class Slurm(Backend):
-    """`launch.slurm`: one array job, with the command's end or (`wait`) without it."""
+    """`launch.slurm`: an array job for each stage, with the command's end or (`wait`) without it."""
 
-    def __init__(self, options: slurm.Options, *, wait: bool):
-        self.options, self.wait = options, wait
+    def __init__(self, root: epath.Path, options: slurm.Options, *, wait: bool):
+        self.root, self.options, self.wait = root, options, wait
 
     def jobs(self):
         return slurm.states()
 
-    def commands(self, points: Sequence[Point], root: epath.Path) -> list[str]:
-        script = slurm.script_path(root)
-        return [f"# {script}", slurm.script(points, root, self.options), shlex.join(slurm.submit_command(script))]
+    def commands(self, points: Sequence[Point]) -> list[str]:
+        lines = []
+        for number, stage in enumerate(stages(points)):
+            script = slurm.script_path(self.root, further=number)
+            after = "" if number == 0 else f"JOB{number - 1}"
+            lines += [f"# {script}", slurm.script(stage, self.root, self.options)]
+            lines += [shlex.join(slurm.submit_command(script, after))]
+        return lines
 
-    def run(self, points: Sequence[Point], chosen: Sequence[Point], records: Records) -> Iterator[None]:
-        if points:
-            number = slurm.submit(points, records, self.options)
-            print(f"submitted  job {number}, {len(points)} points; --status shows them, scancel {number} ends them")
+    def run_all(self, points: Sequence[Point], chosen: Sequence[Point], records: Records) -> Iterator[None]:
+        number = ""
+        for stage in stages(points):
+            number = slurm.submit(stage, self.root, records, self.options, after=number)
+            print(f"submitted  job {number}, {len(stage)} points; --status shows them, scancel {number} ends them")
         while self.wait and any(
-            state(records.root / point.name, jobs) in ("queued", "running")
-            for jobs in [slurm.states()]
-            for point in chosen
+            state(point.workdir, jobs) in ("queued", "running") for jobs in [slurm.states()] for point in chosen
         ):
             yield
             time.sleep(self.options.poll_seconds)
@@ -225,33 +379,36 @@ class Slurm(Backend):
 
 
 class Tpu(Backend):
-    """`launch.tpu`: a queued resource for each of `workers` points at once."""
+    """`launch.tpu`: a queued resource for each of `workers` points at once; measurements are made on this machine."""
 
-    def __init__(self, options: tpu.Options, *, workers: int):
-        self.options, self.workers = options, workers
+    def __init__(self, root: epath.Path, options: tpu.Options, *, workers: int):
+        self.root, self.options, self.workers = root, options, workers
+        self._here = Local(workers=1)
 
-    def commands(self, points: Sequence[Point], root: epath.Path) -> list[str]:
-        return [line for point in points for line in tpu.dry_run(point, root, self.options)]
+    def commands(self, points: Sequence[Point]) -> list[str]:
+        lines = []
+        for point in points:
+            lines += tpu.dry_run(point, self.root, self.options) if point.trains else self._here.commands([point])
+        return lines
 
-    def run(self, points: Sequence[Point], chosen: Sequence[Point], records: Records) -> Iterator[None]:
-        return tpu.run(points, records, self.options, workers=self.workers)
+    def run(self, points: Sequence[Point], records: Records) -> Iterator[None]:
+        yield from tpu.run([p for p in points if p.trains], self.root, records, self.options, workers=self.workers)
+        yield from self._here.run([p for p in points if not p.trains], records)
 
 
-def _watch(
-    steps: Iterator[None], points: Sequence[Point], root: epath.Path, backend: "Backend", every_seconds: float = 30.0
-) -> None:
+def _watch(steps: Iterator[None], points: Sequence[Point], backend: "Backend", every_seconds: float = 30.0) -> None:
     """Draws the table again and again while the jobs run: in place on a terminal, now and then elsewhere."""
     live, last, shown = sys.stdout.isatty(), time.monotonic(), 0.0
     with contextlib.closing(steps):
         for _ in steps:
             now = time.monotonic()
             if live and now - shown >= 2.0:
-                text = table(points, root, backend.jobs())
+                text = table(points, backend.jobs())
                 # Down from here, then the cursor goes back, so that messages in between are written over the table.
                 print("\x1b[J" + text + f"\x1b[{text.count(chr(10))}A\r", end="", flush=True)
                 shown = now
             elif not live and now - last >= every_seconds:
-                print(table(points, root, backend.jobs()), flush=True)
+                print(table(points, backend.jobs()), flush=True)
                 last = now
     if live:
         print("\x1b[J", end="", flush=True)
@@ -264,6 +421,7 @@ _FLAGS = flags.FLAGS
 def define_flags() -> configs.ConfigFlags:
     """The command's flags."""
     flags.DEFINE_string("root", None, "folder of the sweep, a workdir for each point; gs:// for --backend=tpu")
+    flags.DEFINE_string("shared", "", "folder of the points that several sweeps need; ROOT/../shared by default")
     flags.DEFINE_enum("backend", "local", ["local", "slurm", "tpu"], "where points run")
     flags.DEFINE_integer("seeds", 0, "seeds for each point; 0 = the one of its config", lower_bound=0)
     flags.DEFINE_list("only", [], "names or patterns of the points to run or show")
@@ -283,7 +441,7 @@ def define_flags() -> configs.ConfigFlags:
     return configs.define_flags()
 
 
-def backend_of(values: flags.FlagValues) -> Backend:
+def backend_of(values: flags.FlagValues, root: epath.Path) -> Backend:
     """Where the flags say; a flag of another backend is refused."""
     own = {"local": {"devices", "processes"}, "slurm": {*slurm.FLAGS, "processes"}, "tpu": set(tpu.FLAGS)}
     allowed = own[values.backend]
@@ -294,29 +452,33 @@ def backend_of(values: flags.FlagValues) -> Backend:
         raise UserError(f"--root={values.root!r} is not on a file system; --backend={values.backend} needs a folder")
     if values.backend == "slurm":
         options = slurm.Options.of(values)
-        return Slurm(options, wait=values.wait)
+        return Slurm(root, options, wait=values.wait)
     if values.backend == "tpu":
-        return Tpu(tpu.Options.of(values), workers=values.workers)
+        return Tpu(root, tpu.Options.of(values), workers=values.workers)
     return Local(workers=values.workers, processes=values.processes, devices=values.devices, grace=values.grace_seconds)
+
+
+def _folder(text: str) -> epath.Path:
+    return epath.Path(text if "://" in text else Path(text).expanduser().resolve())
 
 
 def main() -> int:
     """The command; returns its exit code."""
-    points = read_points(_CONFIG.spec, _CONFIG.overrides, _FLAGS.seeds)
-    chosen, backend = choose(points, _FLAGS.only), backend_of(_FLAGS)
-    root = epath.Path(_FLAGS.root if "://" in _FLAGS.root else Path(_FLAGS.root).expanduser().resolve())
+    root = _folder(_FLAGS.root)
+    shared = str(_folder(_FLAGS.shared)) if _FLAGS.shared else ""
+    points, study = read_points(_CONFIG.spec, root, _CONFIG.overrides, _FLAGS.seeds, shared)
+    chosen, backend = choose(points, _FLAGS.only), backend_of(_FLAGS, root)
     if _FLAGS.status:
         jobs = backend.jobs()
-        print(table(chosen, root, jobs))
-        return 0 if all(state(root / point.name, jobs) == "finished" for point in chosen) else 1
+        print(table(chosen, jobs))
+        return 0 if all(state(point.workdir, jobs) == "finished" for point in chosen) else 1
     if _FLAGS.dry_run:
-        for point in chosen:
-            configs.load(point.spec, point.overrides)
-        print("\n".join(backend.commands(chosen, root)))
+        validate(points)
+        print("\n".join(backend.commands(chosen)))
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end the points' processes, too
     try:
-        return launch(points, root, retry=_FLAGS.retry, chosen=chosen, backend=backend)
+        return launch(points, root, retry=_FLAGS.retry, chosen=chosen, backend=backend, study=study)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130

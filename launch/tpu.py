@@ -115,7 +115,7 @@ class Commands:
 
     def __init__(self, point: Point, root: epath.Path, options: Options):
         self.point, self.root, self.options = point, root, options
-        self.workdir = root / point.name
+        self.workdir = point.workdir
         text = re.sub(r"[^a-z0-9]+", "-", f"plm-{root.name}-{point.name}".lower()).strip("-")[:40]
         self.name = f"{text}-{hashlib.sha256(str(self.workdir).encode()).hexdigest()[:6]}"
 
@@ -164,7 +164,7 @@ class Commands:
 
     def start(self, attempt: int) -> list[str]:
         """Detached from the ssh session that starts it."""
-        train = self.point.command(self.root, (PYTHON, "-m", "plm.train"))
+        train = self.point.command((PYTHON,))
         more = ("--cluster=tpu", f"--coordinator_port={self.options.port}")
         worker = (PYTHON, "-m", "launch.worker", f"--attempt={self.attempt(attempt)}", "--", *train, *more)
         return self.ssh(f"cd plm && (setsid nohup {shlex.join(worker)} > worker.log 2>&1 < /dev/null & echo $! > pid)")
@@ -217,7 +217,9 @@ class _Lost(Exception):  # noqa: N818
     """The machines are gone or cannot be worked with; the message says why."""
 
 
-def run(points: Sequence[Point], records: Records, options: Options, *, workers: int) -> Iterator[None]:
+def run(
+    points: Sequence[Point], root: epath.Path, records: Records, options: Options, *, workers: int
+) -> Iterator[None]:
     """Runs them, `workers` at a time; yields often. Closing the generator stops and deletes what there is."""
     for point in points:
         _check(point)
@@ -226,7 +228,7 @@ def run(points: Sequence[Point], records: Records, options: Options, *, workers:
         archive = Path(folder) / "plm.tar.gz"
         pack(archive)
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            lives = [pool.submit(_Life(point, records, options, archive, stop).run) for point in points]
+            lives = [pool.submit(_Life(point, root, records, options, archive, stop).run) for point in points]
             try:
                 while not all(life.done() for life in lives):
                     yield
@@ -245,16 +247,24 @@ def run(points: Sequence[Point], records: Records, options: Options, *, workers:
 class _Life:
     """Of one point, from its first queued resource to the end."""
 
-    def __init__(self, point: Point, records: Records, options: Options, archive: Path, stop: threading.Event):
+    def __init__(
+        self,
+        point: Point,
+        root: epath.Path,
+        records: Records,
+        options: Options,
+        archive: Path,
+        stop: threading.Event,
+    ):
         self.point, self.records, self.options, self.archive, self.stop = point, records, options, archive, stop
-        self.commands = Commands(point, records.root, options)
+        self.commands = Commands(point, root, options)
         self.number = 0
 
     def say(self, text: str) -> None:
         print(f"{self.point.name}: {text}", flush=True)
 
     def note(self, on: str) -> None:
-        self.records.note(self.point.name, on=f"{self.commands.name} ({on})")
+        self.records.note(self.point, on=f"{self.commands.name} ({on})")
 
     def run(self) -> None:
         fruitless, before = 0, self._step()
@@ -277,7 +287,7 @@ class _Life:
                     break
         except _Stopped:
             code = INTERRUPTED
-        self.records.note(self.point.name, ended=time.time(), return_code=code)
+        self.records.note(self.point, ended=time.time(), return_code=code)
         self.say(f"{state(self.commands.workdir)}" + (f" (exit code {code})" if code else ""))
         if code not in (0, INTERRUPTED):
             log = self.commands.attempt(self.number) / "log.0.txt"
@@ -292,7 +302,7 @@ class _Life:
         on = self.commands
         self.number = self._next_number()
         self.records.started(
-            self.point.name,
+            self.point,
             "tpu",
             on=f"{on.name} (queued)",
             command=on.start(self.number),

@@ -5,6 +5,8 @@
     python -m plm.evaluate --model=SRC[@STEP|@all] --suite=minimal_pairs [--pairs=FILE.jsonl or DIR]
     python -m plm.evaluate --model=SRC[@STEP|@all] --suite=zero_shot,probes --task=sst2,files=DIR [--task=...]
     python -m plm.evaluate --model=SRC[@STEP|@all] --suite=word_sense --wsd=DIR
+    python -m plm.evaluate --model=RUN[@STEP] --suite=text --text=SOURCE              # perplexity on any text
+    python -m plm.evaluate --model=RUN --suite=task                  # a fine-tuned run on its own task
 
 A suite that is there already for that step and settings is passed over. SRC is the workdir of a run; of minimal_pairs,
 zero_shot, probes and word_sense also a converted or a foreign folder. @all: every kept checkpoint of the run. A task is
@@ -22,42 +24,57 @@ from plm.errors import UserError
 DEFAULT = "ngrams,samples,pseudo_words"
 
 
-def main() -> None:
-    values = flags.FLAGS
-    names = [name.strip() for name in values.suite.split(",") if name.strip()]
-    if not names:
-        raise UserError(f"--suite={values.suite!r} names no suite: for example {DEFAULT}")
-    host.keep_memory()
-    host.keep_programs()
+def define_flags(suite: str) -> None:
+    """What to measure, and on what. suite: the default of --suite."""
+    flags.DEFINE_string(
+        "suite",
+        suite,
+        "measured in this order: ngrams, samples, pseudo_words, perplexity, text, overlap, minimal_pairs, zero_shot,"
+        " probes, word_sense, task",
+    )
+    flags.DEFINE_multi_string("task", [], "NAME[,key=value...], for suites of tasks; may be given several times")
+    flags.DEFINE_multi_string(
+        "pairs", [], "minimal pairs in BLiMP's JSONL format: files or folders; by default made ones"
+    )
+    flags.DEFINE_string("text", "", "a corpus for the suite text, as data.source is given")
+    flags.DEFINE_string("wsd", "", "a folder with semcor.data.xml, test sets beside it and WordNet's index.sense")
+
+
+def names(values: flags.FlagValues) -> list[str]:
+    """The suites of --suite."""
+    return [name.strip() for name in values.suite.split(",") if name.strip()]
+
+
+def measure(model: str, values: flags.FlagValues, *, output: str = "", again: bool = False) -> None:
+    """Runs the suites that the flags name. model: SRC[@STEP|@all]; output: where results go, by default the run."""
     from plm.analysis import suites  # imports JAX: --help and bad flags answer at once
     from plm.data import tasks
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    options = {"pairs": values.pairs, "wsd": values.wsd, "output": values.output}
+    options = {"pairs": values.pairs, "wsd": values.wsd, "text": values.text, "output": output}
     options["tasks"] = [tasks.load(spec) for spec in values.task]
-    if values.model.endswith("@all"):
-        suites.every_step(values.model, names, again=values.again, say=say, **options)
+    if model.endswith("@all"):
+        suites.every_step(model, names(values), again=again, say=say, **options)
     else:
-        suites.evaluate(suites.Run(values.model, **options), names, again=values.again, say=say, show=print)
+        suites.evaluate(suites.Run(model, **options), names(values), again=again, say=say, show=print)
+
+
+def main() -> None:
+    values = flags.FLAGS
+    if not names(values):
+        raise UserError(f"--suite={values.suite!r} names no suite: for example {DEFAULT}")
+    host.keep_memory()
+    host.keep_programs()
+    measure(values.model, values, output=values.output, again=values.again)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string(
         "model", None, "the model, with @STEP for another checkpoint than the newest, @all for all of them"
     )
-    flags.DEFINE_string(
-        "suite",
-        DEFAULT,
-        "measured in this order: ngrams, samples, pseudo_words, perplexity, overlap, minimal_pairs, zero_shot, probes,"
-        " word_sense",
-    )
-    flags.DEFINE_multi_string("task", [], "NAME[,key=value...], for suites of tasks; may be given several times")
-    flags.DEFINE_multi_string(
-        "pairs", [], "minimal pairs in BLiMP's JSONL format: files or folders; by default made ones"
-    )
-    flags.DEFINE_string("wsd", "", "a folder with semcor.data.xml, test sets beside it and WordNet's index.sense")
+    define_flags(DEFAULT)
     flags.DEFINE_string("output", "", "where results go; by default the run itself")
     flags.DEFINE_bool("again", False, "measures again what is there already")
     command.run(main, required=("model",))

@@ -154,14 +154,14 @@ def _metadata(key: str, environment: Mapping[str, str]) -> str:
 
 
 @contextlib.contextmanager
-def joined(values: flags.FlagValues) -> Iterator[None]:
-    """Inside, this process is one of the run's, and JAX knows it.
+def joined(values: flags.FlagValues) -> Iterator[int | None]:
+    """Inside, this process is one of the run's, and JAX knows it; gives its number, None if it is alone.
 
     Whoever leaves with an exception ends the others too; they say who it was.
     """
     processes = find(values)
     if processes is None:
-        yield
+        yield None
         return
     import jax
 
@@ -182,7 +182,7 @@ def joined(values: flags.FlagValues) -> Iterator[None]:
     )
     peers.watch()
     try:
-        yield
+        yield processes.index
     except (Exception, KeyboardInterrupt) as error:
         # Leaving in the ordinary way would wait for the others, and they for us.
         peers.fail(error)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+from etils import epath
 
 from experiments import bert, compare, elmo, finetune, gpt
 from launch import sweep
@@ -27,9 +28,18 @@ GOLDEN = Path(__file__).resolve().parent / "golden"
 
 CELLS = [f"architecture={a},objective={o}" for a, o in itertools.product(("transformer", "lstm"), compare.DIRECTIONS)]
 PRESETS = {
-    "elmo": ["tiny", "small", "medium", "original"],
-    "gpt": ["tiny", "base"],
-    "bert": [*bert.SIZES, *(f"{size},phase=2" for size in bert.SIZES if size != "tiny")],
+    "elmo": ["tiny", "laptop", "small", "medium", "original"],
+    "gpt": [
+        "tiny",
+        "laptop",
+        "base",
+        *(f"{size},body={body}" for size in ("tiny", "base") for body in ("lstm", "matched")),
+    ],
+    "bert": [
+        *bert.SIZES,
+        *(f"{size},phase=2" for size in bert.SIZES if size not in bert.ON_CPU),
+        *(f"base,pretraining={pretraining}" for pretraining in ("masked", "left_to_right")),
+    ],
     "compare": [
         *(f"{size},{cell}" for size in compare.BUDGETS for cell in CELLS),
         *(f"tiny,{cell},input=characters" for cell in CELLS),
@@ -50,6 +60,7 @@ SWEEPS = [
 FINETUNE = [
     *((task, "gpt.py:base") for task in ("sst2", "mrpc", "swag", "squad_v2", "sst2,layer_decay=80", "rte,reset_top=3")),
     *((task, "bert.py:base") for task in ("sst2", "stsb", "swag", "conll2003", "squad_v2", "wic", "custom,kind=pair")),
+    ("sst2,way=bert", "gpt.py:base"),
     *((task, "elmo.py:original") for task in ("sst2", "mnli", "conll2003", "squad_v2", "wic", "rte,way=full")),
     *((f"conll2003,way={way}", "bert.py:base") for way in ("full", "features", "probe", "static")),
     *((f"mnli,way={way}", "bert.py:base") for way in ("full", "features", "probe", "static")),
@@ -82,9 +93,8 @@ def test_golden_config(spec):
 @pytest.mark.parametrize("spec", SWEEPS)
 def test_golden_sweep(spec, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    points = sweep.read_points(f"experiments/{spec}")
-    for point in points:
-        configs.load(point.spec, point.overrides, complete=False)
+    points, _ = sweep.read_points(f"experiments/{spec}", epath.Path("runs/here"))
+    sweep.validate(points, complete=False)
     check(GOLDEN / f"sweep-{file_of(spec)}", "".join(point.text() + "\n" for point in points))
 
 
@@ -230,7 +240,7 @@ def test_arguments_of_the_comparison_are_strict(arguments, message):
 
 def test_a_sweep_refuses_the_arguments_of_one_point():
     with pytest.raises(UserError, match="'objective' names one point"):
-        sweep.read_points(f"{REPOSITORY}/experiments/compare.py:tiny,objective=causal")
+        sweep.read_points(f"{REPOSITORY}/experiments/compare.py:tiny,objective=causal", epath.Path("runs/here"))
 
 
 def test_bert_phases_are_one_schedule():

@@ -9,11 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from launch import local, points, sweep
 from plm.errors import UserError
+from plm.training import config as configs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+ROOT = epath.Path("runs/here")
 
 
 @pytest.fixture
@@ -45,7 +48,8 @@ def trainer(tmp_path, monkeypatch):
         textwrap.dedent(
             """
             import os, pathlib, sys, time
-            workdir = pathlib.Path(next(a for a in sys.argv if a.startswith("--workdir="))[10:])
+            place = next(a for a in sys.argv if a.startswith(("--workdir=", "--output=")))
+            workdir = pathlib.Path(place.partition("=")[2])
             with (workdir / "calls").open("a") as file:
                 file.write(" ".join(a for a in sys.argv[1:] if not a.startswith("--workdir")) + chr(10))
             (workdir / "config.json").write_text('{"total_steps": 10}')
@@ -70,12 +74,14 @@ def calls(workdir: Path) -> list[str]:
 
 
 def launch(experiment, root, **options):
-    found = sweep.read_points(experiment, options.pop("overrides", {}))
+    found, study = sweep.read_points(experiment, epath.Path(root), options.pop("overrides", {}))
     chosen = sweep.choose(found, options.pop("only", []))
     backend = sweep.Local(
         workers=2, **{name: options.pop(name) for name in ("processes", "devices") if name in options}
     )
-    return sweep.launch(found, root, **{"retry": "none"} | options, chosen=chosen, backend=backend)
+    return sweep.launch(
+        found, epath.Path(root), **{"retry": "none"} | options, chosen=chosen, backend=backend, study=study
+    )
 
 
 def test_runs_all_then_skips_the_finished(experiment, trainer, tmp_path, capsys):
@@ -186,15 +192,98 @@ def test_a_workdir_of_another_config_is_refused(experiment, trainer, tmp_path):
 )
 def test_contradictions_are_refused(experiment, arguments, message):
     with pytest.raises(UserError, match=message):
-        sweep.read_points(experiment, **arguments)
+        sweep.read_points(experiment, ROOT, **arguments)
 
 
 def test_seeds_make_a_point_each(experiment):
-    points = sweep.read_points(experiment, seeds=2)
+    points, study = sweep.read_points(experiment, ROOT, seeds=2)
+    assert study is None
     assert [(p.name, p.overrides["seed"]) for p in points][:3] == [("a-seed0", 0), ("a-seed1", 1), ("b-seed0", 0)]
     with pytest.raises(UserError, match="matches no point"):
         sweep.choose(points, ["d*"])
     assert [p.name for p in sweep.choose(points, ["b*"])] == ["b-seed0", "b-seed1"]
+
+
+@pytest.fixture
+def staged(tmp_path):
+    """A sweep of two pretraining runs that it shares, a run on a task from each, and a measurement."""
+    file = tmp_path / "staged.py"
+    file.write_text(
+        textwrap.dedent(
+            """
+            from plm.reporting.studies import Column, Row, Study
+
+            def sweep(add, arguments=""):
+                study = Study("staged", "A table", "section 1", "tiny", rows=[Row("gpt", "GPT")])
+                study.columns = [Column("score", "score", "task", "docstring_package/accuracy")]
+                for seed in range(add.seeds or 2):
+                    model = add(f"gpt-seed{seed}", "tiny", {"seed": seed}, file="experiments/gpt.py", shared=True,
+                                defaults={"data.source": "pydocs#without_tasks"})
+                    tuned = add(f"tuned-seed{seed}", "docstring_package", {"seed": seed},
+                                file="experiments/finetune.py", start=model, measure=["--suite=task"])
+                    study.cell("gpt", "score", tuned, seed)
+                add.measure("pairs", model, ["--suite=minimal_pairs"], at="@all")
+                return study
+            """
+        )
+    )
+    return str(file)
+
+
+def test_points_start_from_others_and_share_them(staged, trainer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(points, "EVALUATE", points.TRAIN)
+    monkeypatch.chdir(REPOSITORY)
+    root, shared = tmp_path / "root", tmp_path / "shared"
+    assert launch(staged, root) == 0
+    assert not (root / "gpt-seed0").exists()
+    (call,) = calls(root / "tuned-seed1")
+    assert call == (
+        "--config=experiments/finetune.py:docstring_package --config.seed=1"
+        f" --config.init.from={shared}/gpt-seed1 --suite=task"
+    )
+    assert calls(root / "pairs") == [f"--model={shared}/gpt-seed1@all --suite=minimal_pairs --output={root}/pairs"]
+    started = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("started")]
+    assert started.index("tuned-seed0") > started.index("gpt-seed1")
+    # Another sweep beside it finds them trained.
+    assert launch(staged, tmp_path / "other") == 0
+    assert len(calls(shared / "gpt-seed0")) == 1
+    record = json.loads((root / "study.json").read_text())
+    assert [cell["place"] for cell in record["cells"]] == ["tuned-seed0", "tuned-seed1"]
+    assert launch(staged, tmp_path / "third", only=["tuned-seed0"], overrides={"log.every_steps": "7"}) == 0
+    assert not (tmp_path / "third" / "tuned-seed1").exists()
+    with pytest.raises(UserError, match=r"made by another 'gpt-seed0': batch_size: 16 -> 8. Choose another --root"):
+        launch(staged, tmp_path / "fourth", overrides={"batch_size": "8"})
+
+
+def test_what_starts_from_a_failed_point_waits(staged, trainer, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    root, shared = tmp_path / "root", tmp_path / "shared"
+    (shared / "gpt-seed0").mkdir(parents=True)
+    (shared / "gpt-seed0" / "fail").touch()
+    assert launch(staged, root, only=["tuned*"]) == 1
+    assert "waiting  tuned-seed0: gpt-seed0 is not finished" in capsys.readouterr().out
+    assert [points.state(root / f"tuned-seed{seed}") for seed in range(2)] == ["waiting", "finished"]
+
+
+def test_settings_of_data_go_where_they_are_read(staged, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    overrides = {"data.source": "text:mine.txt", "data.task.fraction": "0.5", "eval.batches": "3"}
+    found, _ = sweep.read_points(staged, ROOT, overrides)
+    by_name = {point.name: point for point in found}
+    assert by_name["gpt-seed0"].overrides == {"data.source": "text:mine.txt", "eval.batches": "3", "seed": 0}
+    assert by_name["tuned-seed0"].overrides == {"data.task.fraction": "0.5", "eval.batches": "3", "seed": 0}
+    assert str(by_name["gpt-seed0"].workdir) == "runs/shared/gpt-seed0"
+    with pytest.raises(UserError, match=r"--config\.data\.task\.fraction: no point of .* runs on a task"):
+        sweep.read_points("experiments/compare.py:tiny", ROOT, {"data.task.fraction": "0.5"})
+    with pytest.raises(UserError, match="defines no get_config"):
+        configs.load(staged)
+
+
+def test_a_study_of_cells_that_are_not_there_is_our_own_mistake(staged, trainer, tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    Path(staged).write_text(Path(staged).read_text().replace('study.cell("gpt"', 'study.cell("gtp"'))
+    with pytest.raises(ValueError, match="no such cell: 'gtp', 'score'"):
+        launch(staged, tmp_path / "root")
 
 
 def test_every_worker_gets_its_share_of_the_cores():

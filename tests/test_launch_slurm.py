@@ -55,9 +55,15 @@ def trainer(tmp_path, monkeypatch):
     monkeypatch.setattr(points, "TRAIN", (sys.executable, str(script)))
 
 
-def sweep_of(root, **options):
-    found = [points.Point(name, CONFIG, {"optimizer.peak_lr": rate}) for name, rate in (("a", 1e-3), ("b", 2e-3))]
-    backend = sweep.Slurm(slurm.Options(processes=2, workers=2, sbatch=("--partition=gpu",), **options), wait=False)
+def points_of(root) -> list[points.Point]:
+    rates = (("a", 1e-3), ("b", 2e-3))
+    return [points.Point(name, epath.Path(root) / name, CONFIG, {"optimizer.peak_lr": rate}) for name, rate in rates]
+
+
+def sweep_of(root, found=None, **options):
+    root, found = epath.Path(root), found or points_of(root)
+    options = slurm.Options(processes=2, workers=2, sbatch=("--partition=gpu",), **options)
+    backend = sweep.Slurm(root, options, wait=False)
     return sweep.launch(found, root, retry="none", chosen=found, backend=backend)
 
 
@@ -79,7 +85,7 @@ def test_submitting(commands, trainer, tmp_path):
     }
     assert directives[-1] == "#SBATCH --partition=gpu", "the user's word is the last"
     assert [points.state(root / name, slurm.states()) for name in "ab"] == ["queued", "running"]
-    table = points.table([points.Point(name, CONFIG, {}) for name in "ab"], root, slurm.states())
+    table = points.table(points_of(root), slurm.states())
     assert [line.split()[-2:] for line in table.splitlines()[1:]] == [["job", "77_0"], ["job", "77_1"]]
     sweep_of(root)
     assert len((tmp_path / "calls").read_text().splitlines()) == 1, "nothing is submitted twice"
@@ -122,11 +128,29 @@ def test_without_slurm_one_line_says_so(trainer, tmp_path, monkeypatch):
 def test_waiting_ends_when_nothing_is_queued_or_running(commands, trainer, tmp_path):
     root = tmp_path / "root"
     sweep_of(root)
-    found = [points.Point(name, CONFIG, {"optimizer.peak_lr": rate}) for name, rate in (("a", 1e-3), ("b", 2e-3))]
-    waiting = sweep.Slurm(slurm.Options(poll_seconds=0.05), wait=True).run([], found, points.Records(root, found, {}))
+    backend = sweep.Slurm(epath.Path(root), slurm.Options(poll_seconds=0.05), wait=True)
+    waiting = backend.run_all([], points_of(root), points.Records({}))
     for _ in range(3):
         next(waiting)
     (root / "a" / "return_code").write_text("0\n")
     next(waiting)
     (root / "b" / "return_code").write_text("1\n")
     assert list(waiting) == []
+
+
+def test_what_starts_from_a_point_is_an_array_that_waits_for_it(commands, trainer, tmp_path):
+    root = epath.Path(tmp_path / "root")
+    parents = points_of(root)
+    more = [
+        points.Point("c", root / "c", CONFIG, {}, start="a", model=str(root / "a")),
+        points.Point("d", root / "d", "", start="b", model=str(root / "b"), measure=("--suite=perplexity",)),
+    ]
+    assert sweep_of(root, [*parents, *more]) == 0
+    first, second = (tmp_path / "calls").read_text().splitlines()
+    assert first == f"sbatch --parsable {root}/slurm/1.sh"
+    assert second == f"sbatch --parsable --dependency=afterany:77 {root}/slurm/2.sh"
+    cases = [line for line in (root / "slurm" / "2.sh").read_text().splitlines() if ") tasks=" in line]
+    assert cases[0].startswith(f"0) tasks=2; workdir={root}/c; set -- ")
+    assert f"--config.init.from={root}/a" in cases[0]
+    assert cases[1].startswith(f"1) tasks=1; workdir={root}/d; set -- ")
+    assert f"-m plm.evaluate --model={root}/b --suite=perplexity --output={root}/d" in cases[1]

@@ -22,8 +22,8 @@ from plm.training import loop
 
 GOLDEN = ROOT / "tests" / "fixtures" / "gcloud_lines.json"
 OPTIONS = tpu.Options("v5litepod-16", "us-west4-a", "v2-alpha-tpuv5-lite")
-POINT = points.Point("elmo", "experiments/compare.py:tiny", {"optimizer.peak_lr": 1e-3})
 BUCKET = epath.Path("gs://bucket/a sweep")
+POINT = points.Point("elmo", BUCKET / "elmo", "experiments/compare.py:tiny", {"optimizer.peak_lr": 1e-3})
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_what_is_missing_is_said(arguments, message):
 
 def test_a_config_outside_of_what_is_sent_is_refused():
     with pytest.raises(UserError, match="is not sent to the workers"):
-        tpu.dry_run(points.Point("a", "/somewhere/mine.py", {}), BUCKET, OPTIONS)
+        tpu.dry_run(points.Point("a", BUCKET / "a", "/somewhere/mine.py"), BUCKET, OPTIONS)
 
 
 @pytest.fixture
@@ -109,8 +109,8 @@ def options_of(**more) -> tpu.Options:
 
 
 def launch(found, root, options) -> int:
-    backend = sweep.Tpu(options, workers=1)
-    return sweep.launch(found, root, retry="none", chosen=found, backend=backend)
+    backend = sweep.Tpu(epath.Path(root), options, workers=1)
+    return sweep.launch(found, epath.Path(root), retry="none", chosen=found, backend=backend)
 
 
 @pytest.fixture
@@ -148,8 +148,8 @@ for step in range(int(saved.read_text()) if saved.exists() else 0, 60):
     return checkout
 
 
-def point_of() -> list[points.Point]:
-    return [points.Point("elmo", "experiments/compare.py:tiny", {})]
+def point_of(root) -> list[points.Point]:
+    return [points.Point("elmo", epath.Path(root) / "elmo", "experiments/compare.py:tiny")]
 
 
 ONCE = ["delete", "create", "warm", "scp", "install", "start", "delete"]
@@ -159,7 +159,7 @@ def test_two_preemptions_and_a_failing_ssh(gcloud, stub, tmp_path, capsys):
     root = tmp_path / "root"
     metrics = root / "elmo" / "metrics.jsonl"
     plan(gcloud, ssh_failures=2, preempt_after=[10, 10], metrics=str(metrics))
-    assert launch(point_of(), root, options_of()) == 0
+    assert launch(point_of(root), root, options_of()) == 0
     assert verbs(gcloud) == ["delete", "create", "warm", "warm", *ONCE[2:], *ONCE, *ONCE]
     assert not (gcloud / "state").exists()
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
@@ -180,7 +180,7 @@ def test_a_failed_run_is_not_queued_again(gcloud, stub, tmp_path, capsys):
     (root / "elmo").mkdir(parents=True)
     (root / "elmo" / "fate").write_text("fail")
     plan(gcloud)
-    assert launch(point_of(), root, options_of()) == 1
+    assert launch(point_of(root), root, options_of()) == 1
     assert verbs(gcloud) == ONCE
     assert "    error: the reason" in capsys.readouterr().out
     assert points.state(root / "elmo") == "failed"
@@ -190,7 +190,7 @@ def test_machines_that_never_work_are_given_up(gcloud, stub, tmp_path, capsys, m
     monkeypatch.setattr(tpu, "_TRIES", 2)
     root = tmp_path / "root"
     plan(gcloud, ssh_failures=1000)
-    assert launch(point_of(), root, options_of(poll_seconds=0.1)) == 1
+    assert launch(point_of(root), root, options_of(poll_seconds=0.1)) == 1
     assert verbs(gcloud).count("create") == 3
     assert "3 attempts in a row did no step: given up" in capsys.readouterr().out
     assert not (gcloud / "state").exists()
@@ -204,7 +204,7 @@ def test_a_launcher_that_ends_goes_on_when_it_is_typed_again(number, gcloud, stu
     code = (
         "import sys; from test_launch_tpu import *; import pathlib, signal\n"
         "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
-        f"root = pathlib.Path({str(root)!r}); sys.exit(launch(point_of(), root, options_of()))"
+        f"root = pathlib.Path({str(root)!r}); sys.exit(launch(point_of(root), root, options_of()))"
     )
     environment = os.environ | {"PYTHONPATH": f"{stub}:{ROOT / 'tests'}"}
     process = subprocess.Popen([sys.executable, "-c", code], cwd=stub, env=environment, stderr=subprocess.DEVNULL)
@@ -222,7 +222,7 @@ def test_a_launcher_that_ends_goes_on_when_it_is_typed_again(number, gcloud, stu
     else:
         assert (gcloud / "state").exists()
     assert points.state(root / "elmo") == "interrupted"
-    assert launch(point_of(), root, options_of()) == 0
+    assert launch(point_of(root), root, options_of()) == 0
     steps = [json.loads(line)["step"] for line in (root / "elmo" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 61))
 
@@ -234,7 +234,7 @@ def test_a_real_run_on_two_workers_survives_two_preemptions(gcloud, stub, tmp_pa
     shutil.copy(ROOT / "plm" / "train.py", stub / "plm" / "train.py")
     shutil.copy(ROOT / "tests" / "fixtures" / "runs.py", stub / "experiments" / "runs.py")
     settings = {"data.source": f"text:{text}", "log.every_steps": 1, "total_steps": 60}
-    found = [points.Point("lanes", "experiments/runs.py:lanes", settings)]
+    found = [points.Point("lanes", epath.Path(root) / "lanes", "experiments/runs.py:lanes", settings)]
     plan(gcloud, ssh_failures=1, preempt_after=[5, 10], metrics=str(root / "lanes" / "metrics.jsonl"))
     assert launch(found, root, options_of()) == 0
     assert verbs(gcloud).count("create") == 3

@@ -10,6 +10,11 @@ def row(metric: str, split: str, n: int, value: float) -> dict:
     return {"metric": metric, "split": split, "n": int(n), "value": float(value)}
 
 
+def counts_file(predictions: str) -> str:
+    """Where the counts of examples stand (`plm.analysis.task_metrics.counts`) that belong to a file of predictions."""
+    return predictions.rpartition(".")[0] + ".counts.json"
+
+
 def layer_name(layer: int) -> str:
     return f"layer {layer}" if layer else "embedding"
 

@@ -40,7 +40,7 @@ from plm.analysis import (
 from plm.analysis.results import Table, layer_name
 from plm.data import sources
 from plm.data.examples import COPIED_WORDS
-from plm.data.pipeline import Corpus, open_corpus
+from plm.data.pipeline import Corpus, open_corpus, open_text
 from plm.data.store import Progress, locked, writable
 from plm.data.tasks import TaskData
 from plm.errors import UserError
@@ -72,8 +72,8 @@ class Run:
     """A model under evaluation; what is expensive is opened when the first suite asks for it.
 
     spec: SRC[@STEP]. tasks: what the suites of tasks are run on. pairs: files or folders of minimal pairs, by default
-    the generated ones. wsd: a folder of sense-tagged corpora. output: where rows and files go, by default the run
-    itself; weights that are no run of ours need one. progress: show bars.
+    the generated ones. wsd: a folder of sense-tagged corpora. text: a corpus that was not trained on. output:
+    where rows and files go, by default the run itself; weights that are no run of ours need one. progress: show bars.
 
     Errors: UserError when there is no such run or checkpoint, or its text is not what it was.
     """
@@ -85,10 +85,12 @@ class Run:
         tasks: Sequence[TaskData] = (),
         pairs: Sequence[str] = (),
         wsd: str = "",
+        text: str = "",
         output: epath.PathLike = "",
         progress: bool = True,
     ):
         self.tasks, self.pair_files, self.wsd_folder, self.progress = tuple(tasks), tuple(pairs), wsd, progress
+        self.text_source = text
         self.source, self._step = split_source(spec)
         self.workdir = epath.Path(self.source)
         self.is_run = self._step is not None or is_run(self.source)
@@ -142,6 +144,14 @@ class Run:
         if not self.wsd_folder:
             raise UserError("suite 'word_sense' reads sense-tagged corpora: --wsd=DIR names their folder")
         return word_sense.find(self.wsd_folder)
+
+    @functools.cached_property
+    def text(self) -> Corpus:
+        if not self.text_source:
+            raise UserError("suite 'text' measures the model on other text: --text=SOURCE names it")
+        if not self.is_run:
+            raise UserError(f"suite 'text' needs a run of ours, which says how it reads text; {self.source} is none")
+        return open_text(self.text_source, self.tokenizer, progress=self.progress)
 
     @functools.cached_property
     def initial(self) -> Model:
@@ -217,13 +227,28 @@ def _pair(values: Mapping) -> pseudo_words.Pair:
 
 def evaluate_perplexity(run: Run, settings: Mapping) -> Outcome:
     """The loop's own held-out numbers for this checkpoint, in the loop's own batches and precision."""
-    evaluator = make_evaluator(run.config, run.corpus)
+    return _held_out(run, run.corpus, "valid")
+
+
+def evaluate_text(run: Run, settings: Mapping) -> Outcome:
+    """The same on other text, all of it."""
+    outcome = _held_out(run, run.text, run.text_source, limit=0)
+    body = [[row["metric"], row["n"], row["value"]] for row in outcome.rows]
+    table = Table(f"{run.name} on {run.text_source}", ["metric", "targets", "value"], body)
+    return dataclasses.replace(outcome, tables=[table])
+
+
+def _held_out(run: Run, corpus: Corpus, split: str, limit: int | None = None) -> Outcome:
+    """limit: batches, 0 for all; None: as many as the run's config says."""
+    evaluator = make_evaluator(run.config, corpus)
+    if limit is not None:
+        evaluator = dataclasses.replace(evaluator, limit=limit)
     with jax.set_mesh(evaluator.mesh):
         values = evaluator(jax.device_put(run.model.params, evaluator.batches.replicated))
     rows = [
         {
             "metric": name.removeprefix("eval/"),
-            "split": "valid",
+            "split": split,
             "n": values.get(f"{name}_targets", 0.0),
             "value": value,
         }
@@ -405,14 +430,33 @@ def evaluate_task(run: Run, settings: Mapping) -> Outcome:
         shared = {"split": part.name, "n": part.n, "predictions": file}
         rows += [shared | {"metric": f"{predictor.task.name}/{m}", "value": v} for m, v in part.values.items()]
         body += [[m, part.name, part.n, v] for m, v in part.values.items()] or [["(no labels)", part.name, part.n, ""]]
+    shares = mix_shares(run.model.params)
+    for place, own in shares.items():
+        for layer, share in enumerate(own):
+            name = f"{predictor.task.name}/{task_suite.MIX}/{place}/{layer_name(layer)}"
+            rows.append({"metric": name, "split": "learned", "n": len(own), "value": float(share)})
     share, known = _pretrained_share(run, predictor.task.name)
     if share is not None:
         rows.append(
             {"metric": f"{predictor.task.name}/{task_suite.PRETRAINED}", "split": "all", "n": 1, "value": share}
         )
     title = f"{predictor.task.name} by {run.name} ({known})"
-    table = Table(title, ["metric", "examples of", "n", "value"], body)
-    return Outcome(rows, tables=[table], note=f"predictions in {run.output / task_suite.FOLDER}")
+    tables = [Table(title, ["metric", "examples of", "n", "value"], body)]
+    if shares:
+        layers = [layer_name(layer) for layer in range(max(map(len, shares.values())))]
+        tables.append(Table("shares of the layers in the mix", ["mix", *layers], [[k, *v] for k, v in shares.items()]))
+    return Outcome(rows, tables=tables, note=f"predictions in {run.output / task_suite.FOLDER}")
+
+
+def mix_shares(params: Mapping) -> dict[str, list[float]]:
+    """{place: softmax of the weights of a head's mix of layers} (ELMo figure 2), in the order of insertion."""
+    found = {}
+    for path, value in sorted(params.items()):
+        if match := re.fullmatch(r"heads/(\w+)/reader/mixes/(\d+)/weights", path):
+            weights = np.asarray(value, np.float64)
+            shares = np.exp(weights - weights.max())
+            found[f"{match[1]} {match[2]}"] = (shares / shares.sum()).tolist()
+    return {f"mix {number}": own for number, own in enumerate(found.values())}
 
 
 def _pretrained_share(run: Run, task: str) -> tuple[float | None, str]:
@@ -466,6 +510,7 @@ SUITES: dict[str, Suite] = {
     "samples": Suite(evaluate_samples, samples.Settings()),
     "pseudo_words": Suite(evaluate_pseudo_words, pseudo_words.Settings()),
     "perplexity": Suite(evaluate_perplexity, {}),
+    "text": Suite(evaluate_text, {}, of_corpus=False, fingerprint=lambda run: run.text.meta["fingerprint"]),
     "overlap": Suite(evaluate_overlap, {"length": COPIED_WORDS}, of_tasks=True),
     "minimal_pairs": Suite(
         evaluate_minimal_pairs, {}, of_corpus=False, fingerprint=_of_pairs, headline=r".*/(all|mean over phenomena)"

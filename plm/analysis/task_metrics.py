@@ -199,6 +199,45 @@ def score(
     return {name: METRICS[name](gold, predictions, labels) for name in task.metrics}
 
 
+def _counts_of_classes(example: Example, prediction: Any, labels: Sequence[str]) -> tuple[float, float]:
+    if isinstance(example.label, tuple):
+        return float(sum(a == b for a, b in zip(example.label, prediction, strict=True))), float(len(example.label))
+    return float(example.label == prediction), 1.0
+
+
+def _counts_of_positives(example: Example, prediction: Any, labels: Sequence[str]) -> tuple[float, float]:
+    return 2.0 * (example.label == prediction == 1), float((example.label == 1) + (prediction == 1))
+
+
+def _counts_of_entities(example: Example, prediction: Any, labels: Sequence[str]) -> tuple[float, float]:
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    gold, found = (set(get_entities([labels[tag] for tag in tags])) for tags in (example.label, prediction))
+    return 2.0 * len(gold & found), float(len(gold) + len(found))
+
+
+# (a, b) of one example for each metric that is sum(a) / sum(b) over examples.
+COUNTS: dict[str, Callable[[Example, Any, Sequence[str]], tuple[float, float]]] = {
+    "accuracy": _counts_of_classes,
+    "f1_positive": _counts_of_positives,
+    "entity_f1": _counts_of_entities,
+    "exact_match": lambda example, prediction, labels: (squad_scores(example, prediction)[0], 1.0),
+    "f1": lambda example, prediction, labels: (squad_scores(example, prediction)[1], 1.0),
+}
+
+
+def counts(
+    task: Task, gold: Sequence[Example], predictions: Predictions, labels: Sequence[str] = ()
+) -> dict[str, list[tuple[float, float]]]:
+    """{metric: [(a, b) of each example]} of those of the task's metrics that are sum(a) / sum(b): what resampling of
+    examples needs. The others (correlations, f1_macro) are no such ratio and are left out."""
+    return {
+        name: [COUNTS[name](e, prediction, labels) for e, prediction in zip(gold, predictions, strict=True)]
+        for name in task.metrics
+        if name in COUNTS
+    }
+
+
 # ---------------------------------------------------------------------------------------------------- predictions files
 
 

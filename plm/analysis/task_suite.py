@@ -6,12 +6,14 @@ part, and of a test set without labels, are written in the task's submission for
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 
 import jax
 from etils import epath
 
 from plm.analysis import task_metrics, task_results
+from plm.analysis.results import counts_file
 from plm.data.examples import Example, has_gold
 from plm.data.pipeline import Corpus, load_task, task_splits
 from plm.data.task_rows import TaskSplit
@@ -23,18 +25,25 @@ from plm.training.loop import Evaluator, make_evaluator
 from plm.training.program import make_batches
 
 FOLDER = "predictions"
+MIX = "mix"  # metric: the share of a layer in a learned mix
 PRETRAINED = "pretrained_8_grams"  # metric: the share of the task that the model was pretrained on
 _ENDS = {"squad": "json", "mclwic": "json", "jsonl": "jsonl", "wic": "txt", "conll": "conll", "glue": "tsv"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """name: of the part; n: its examples; values: {metric: value}, {} without labels; text: of its predictions."""
+    """name: of the part; ids: of its examples; values: {metric: value} and counts: {metric: [(a, b) of each example]}
+    (`task_metrics.counts`), {} without labels; text: of its predictions."""
 
     name: str
-    n: int
+    ids: list[str]
     values: dict[str, float]
+    counts: dict[str, list[tuple[float, float]]]
     text: str
+
+    @property
+    def n(self) -> int:
+        return len(self.ids)
 
 
 class Predictor:
@@ -90,14 +99,19 @@ def _scored(split: TaskSplit, predictions: list) -> Scored:
     task = split.task
     labelled = all(has_gold(task.task, example) for example in split.examples)
     values = task_results.score(split, predictions) if labelled else {}
+    counts = task_metrics.counts(task.task, split.examples, predictions, task.labels) if labelled else {}
     text = task_metrics.submission(task.task, split.examples, predictions, task.labels)
-    return Scored(split.name, len(predictions), values, text)
+    return Scored(split.name, [example.id for example in split.examples], values, counts, text)
 
 
 def write_predictions(workdir: epath.Path, task, step: int, part: Scored) -> str:
-    """Writes a part's predictions; returns the file's name in the workdir."""
+    """Writes a part's predictions, and beside them what each example counts (NAME.counts.json); returns the file's name
+    in the workdir."""
     end = _ENDS.get(task.task.submission, "txt")
     name = f"{FOLDER}/{task.name}-{part.name.replace(', ', '-').replace(' ', '_')}-{step}.{end}"
     (workdir / FOLDER).mkdir(parents=True, exist_ok=True)
     metrics.write_atomically(workdir / name, part.text)
+    if part.counts:
+        record = {"ids": part.ids, "metrics": part.counts}
+        metrics.write_atomically(workdir / counts_file(name), json.dumps(record) + "\n")
     return name

@@ -2,8 +2,13 @@
 
     docstring_package     which of nine packages a docstring belongs to. Split by module: in each package whole modules
                           go to train, dev or test, so that no text of a module is on two sides.
+    docstring_same        whether two docstrings belong to the same package, in whatever order. Split as
+                          docstring_package.
     docstring_signature   which of four first sentences belongs to a function's signature; the others are of functions
-                          of the same package. Split by package.
+                          of the same package. Split by package, and so are the next three.
+    docstring_pair        whether a first sentence belongs to a signature; half of them are another function's.
+    docstring_span        where in four such sentences, written one after the other, the signature's own stands.
+    docstring_names       which words of a docstring name a parameter of its function, which is not shown.
 
 The packages are `sources.TASK_PACKAGES`. `pydocs#without_tasks` is the corpus without them and without the sentences
 elsewhere that share a run of eight words with them (`is_copied`), so a model pretrained on it has seen neither side of
@@ -13,6 +18,7 @@ depend on the Python version, as `pydocs` does.
 
 import ast
 import functools
+import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -25,6 +31,8 @@ from plm.errors import UserError
 from plm.randomness import stable_hash
 
 SIGNATURE_SPLITS = {"http": "dev", "logging": "dev", "unittest": "test", "xml": "test"}  # all others: train
+NAMES = ("O", "B-NAME")  # tags of docstring_names: a name is one word
+WORDS = 60  # of a docstring in docstring_names: about what a row of 128 pieces holds
 MOST = 300  # docstrings of one package in docstring_package, so that the largest is no more than a quarter
 CHOICES = 4
 
@@ -116,33 +124,107 @@ def _module_splits() -> dict[str, str]:
     return {module: splits.get(module, "train") for module in sizes}
 
 
-def read_packages(split: str) -> Iterator[Record]:
-    """docstring_package: id, text, label."""
+def _of_packages(split: str) -> Iterator[Docstring]:
+    """At most MOST docstrings of each package that are in the split, by package."""
     splits = _module_splits()
     by_package = defaultdict(list)
     for docstring in docstrings():
         by_package[docstring.package].append(docstring)
-    for package, own in by_package.items():
+    for own in by_package.values():
         kept = set(sorted((one.place for one in own), key=lambda p: stable_hash("kept", p, bits=64))[:MOST])
-        for one in own:
-            if one.place in kept and splits[one.module] == split:
-                yield Record(one.place, {"id": one.place, "text": one.text, "label": package})
+        yield from (one for one in own if one.place in kept and splits[one.module] == split)
 
 
-def read_signatures(split: str) -> Iterator[Record]:
-    """docstring_signature: id, context (the signature), choices, label (number as text)."""
+def read_packages(split: str) -> Iterator[Record]:
+    """docstring_package: id, text, label."""
+    for one in _of_packages(split):
+        yield Record(one.place, {"id": one.place, "text": one.text, "label": one.package})
+
+
+def read_same(split: str) -> Iterator[Record]:
+    """docstring_same: id, first, second (their first sentences), label (yes or no).
+
+    Each docstring is the first one once; half of the seconds are of its package, half of others.
+    """
+    every = list(_of_packages(split))
+    for package in dict.fromkeys(one.package for one in every):
+        own = [one for one in every if one.package == package]
+        others = [one for one in every if one.package != package]
+        ranked = sorted(own, key=lambda one: stable_hash("same", one.place, bits=64))
+        for number, one in enumerate(ranked):
+            same = number % 2 == 0 and len(own) > 1
+            candidates = [other for other in own if other is not one] if same else others
+            second = candidates[stable_hash("second", one.place, bits=64) % len(candidates)]
+            values = {"id": one.place, "first": one.sentences[0], "second": second.sentences[0]}
+            yield Record(one.place, values | {"label": "yes" if same else "no"})
+
+
+def _functions(split: str) -> Iterator[list[Docstring]]:
+    """The functions of each package of a split, those whose first sentences differ."""
     by_package = defaultdict(dict)
     for one in docstrings():
         if one.signature and SIGNATURE_SPLITS.get(one.package, "train") == split:
             by_package[one.package].setdefault(one.sentences[0], one)
-    for own in by_package.values():
-        functions = list(own.values())
-        if len(functions) < CHOICES:
-            continue
+    return (list(own.values()) for own in by_package.values() if len(own) >= CHOICES)
+
+
+def _choices(one: Docstring, functions: list[Docstring]) -> tuple[list[str], int]:
+    """Four first sentences, and the place of the function's own."""
+    others = sorted(functions, key=lambda other: stable_hash(one.place, other.place, bits=64))
+    choices = [other.sentences[0] for other in others if other is not one][: CHOICES - 1]
+    right = stable_hash("right", one.place) % CHOICES
+    choices.insert(right, one.sentences[0])
+    return choices, right
+
+
+def read_signatures(split: str) -> Iterator[Record]:
+    """docstring_signature: id, context (the signature), choices, label (number as text)."""
+    for functions in _functions(split):
         for one in functions:
-            others = sorted(functions, key=lambda other: stable_hash(one.place, other.place, bits=64))
-            choices = [other.sentences[0] for other in others if other is not one][: CHOICES - 1]
-            right = stable_hash("right", one.place) % CHOICES
-            choices.insert(right, one.sentences[0])
+            choices, right = _choices(one, functions)
             values = {"id": one.place, "context": one.signature, "choices": choices, "label": str(right)}
             yield Record(one.place, values)
+
+
+def read_pairs(split: str) -> Iterator[Record]:
+    """docstring_pair: id, signature, sentence, label (yes or no)."""
+    for functions in _functions(split):
+        # Every second one by the hash of its place, so that exactly half are right and no sentence tells by itself.
+        ranked = sorted(functions, key=lambda one: stable_hash("pair", one.place, bits=64))
+        right = {one.place for one in ranked[::2]}
+        for one in functions:
+            choices, own = _choices(one, functions)
+            place = own if one.place in right else (own + 1) % CHOICES
+            label = "yes" if place == own else "no"
+            values = {"id": one.place, "signature": one.signature, "sentence": choices[place], "label": label}
+            yield Record(one.place, values)
+
+
+def read_spans(split: str) -> Iterator[Record]:
+    """docstring_span: id, question (the signature), context (four sentences), answers."""
+    for functions in _functions(split):
+        for one in functions:
+            choices, right = _choices(one, functions)
+            start = sum(len(choice) + 1 for choice in choices[:right])
+            answers = {"text": [choices[right]], "answer_start": [start]}
+            values = {"id": one.place, "question": one.signature, "context": " ".join(choices), "answers": answers}
+            yield Record(one.place, values)
+
+
+def read_names(split: str) -> Iterator[Record]:
+    """docstring_names: id, words, tags; docstrings that name no parameter are left out."""
+    for one in docstrings():
+        if not one.signature or SIGNATURE_SPLITS.get(one.package, "train") != split:
+            continue
+        names = _parameters(one.signature)
+        words = re.findall(r"\w+|[^\w\s]", one.text)[:WORDS]
+        tags = ["B-NAME" if word in names else "O" for word in words]
+        if "B-NAME" in tags:
+            yield Record(one.place, {"id": one.place, "words": words, "tags": tags})
+
+
+def _parameters(signature: str) -> set[str]:
+    (function,) = ast.parse(f"{signature}: pass").body
+    given = function.args
+    named = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+    return {argument.arg for argument in named if argument is not None} - {"self", "cls"}

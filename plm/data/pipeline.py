@@ -272,6 +272,15 @@ def open_corpus(
 # -------------------------------------------------------------------------------------------------------------- tasks
 
 
+def open_text(spec: str, tokenizer: Tokenizer, *, workers: int = 0, progress: bool = True) -> Corpus:
+    """A corpus that is nothing but held-out text, for a model that is there. spec: see `sources.parse`."""
+    source = sources.parse(spec)
+    options = {"workers": workers, "progress": progress}
+    valid = store.build(source, tokenizer, valid_fraction=0.0, split="train", **options)
+    meta = {"source": spec, "valid_source": spec, "fingerprint": source.fingerprint, "licence": source.licence}
+    return Corpus(tokenizer, valid, valid, meta)
+
+
 def load_task(data) -> tasks.TaskData:
     """The task that `config.data.task` names."""
     given = {key: data.task[key] for key in ("files", *tasks.SETTINGS) if key != "name" and key in data.task}

@@ -7,7 +7,7 @@
     jsonl:GLOB#field                  one JSON object a line; the field is a string or a list of strings (paragraphs)
     tfds:NAME[/config][:split]#field  a TensorFlow Datasets dataset, prepared once if it is not there (split: train)
     tfds:DIRECTORY[:split]#field      a prepared one; both need file_format=array_record and never import TensorFlow
-    task:NAME[,key=value...]          the texts of a task's train split, labels ignored (`plm.data.tasks`)
+    task:NAME[,key=value...][#split]  the texts of a task, by default of its train split (`plm.data.tasks`)
     module:function                   a user's own: the function returns a `Source`
     2*text:a/*.xz+0.5*pydocs          a mixture; a weight counts passes per epoch; a fraction is a fixed subset
 

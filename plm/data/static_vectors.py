@@ -1,18 +1,34 @@
-"""Vectors of words without context, from GloVe and word2vec files, by gensim (extra `static`)."""
+"""Vectors of words without context, by gensim (extra `static`): from GloVe and word2vec files, or trained here.
 
+glove.txt, vectors.bin      files, plain or .gz
+word2vec:SOURCE             word2vec on a corpus (`plm.data.sources`), trained once and kept: the baseline that has
+                            read the same text as a language model, and gives a word one vector wherever it stands
+"""
+
+import re
+import string
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from plm.data import sources
 from plm.data.sources import open_bytes
 from plm.errors import UserError
+from plm.randomness import stable_hash
 
 ROWS = 400_000  # of a file that are read, the most frequent words in published ones
+TRAINED = "word2vec:"
+# Skip-gram with negative samples (Mikolov et al. 2013). One worker: with several no two trainings are alike.
+SETTINGS = {"vector_size": 128, "window": 5, "min_count": 2, "sg": 1, "negative": 5, "epochs": 10, "seed": 0}
+_PARTS = re.compile(r"\w+|[^\w\s]")
+_MARKS = string.punctuation + "\u201c\u201d\u2018\u2019"
 
 
 def read(path: str, setting: str):
-    """gensim's KeyedVectors of a file, text or `.bin`. setting: how the user named it, for messages.
+    """gensim's KeyedVectors of a file, text or `.bin`, or of `word2vec:SOURCE`. setting: how the user named it, for
+    messages.
 
     Errors: UserError without gensim, and for a file that is not there or is no such file.
     """
@@ -20,6 +36,8 @@ def read(path: str, setting: str):
         from gensim.models import KeyedVectors
     except ImportError:
         raise UserError(f"{setting} needs gensim: pip install 'plm[static]'") from None
+    if path.startswith(TRAINED):
+        path = str(_trained(path.removeprefix(TRAINED)))
     if not Path(path).is_file():
         raise UserError(f"{setting}: there is no such file")
     options = {"binary": path.endswith((".bin", ".bin.gz")), "limit": ROWS, "unicode_errors": "replace"}
@@ -33,16 +51,42 @@ def read(path: str, setting: str):
         raise UserError(f"{setting} is no GloVe or word2vec file: {error}") from None
 
 
+def _trained(spec: str) -> Path:
+    """The file of word2vec's vectors on a corpus, made if it is not there."""
+    from gensim.models import Word2Vec
+
+    from plm.data.store import locked, writable
+
+    source = sources.parse(spec)
+    name = stable_hash("word2vec", source.fingerprint, *sorted(SETTINGS.items()), bits=128)
+    path = sources.cache_directory() / "word2vec" / f"{name:032x}.bin"
+    if not path.exists():
+        with writable(path.parent), locked(path):
+            if not path.exists():
+                with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".txt", encoding="utf-8") as text:
+                    # gensim reads the corpus in every epoch: from one file of words, however slow the source is.
+                    for document in source.documents():
+                        for sentence in document.sentences:
+                            text.write(" ".join(_PARTS.findall(sentence)) + "\n")
+                    text.flush()
+                    model = Word2Vec(corpus_file=text.name, workers=1, **SETTINGS)
+                partial = path.with_suffix(".partial")
+                model.wv.save_word2vec_format(str(partial), binary=True)
+                partial.replace(path)
+    return path
+
+
 def tables(path: str, vocabularies: Sequence[Sequence[str]], setting: str) -> list[np.ndarray]:
     """Of each list of words float32 [words + 1, D]: row 0, and words that the file has neither as written nor in lower
-    case, are 0. The file is read once."""
+    case, with or without the marks around them, are 0. The file is read once."""
     vectors = read(path, setting)
     found = []
     for words in vocabularies:
         rows = np.zeros((len(words) + 1, vectors.vector_size), np.float32)
         for number, word in enumerate(words, start=1):
-            key = word if word in vectors else word.lower()
-            if key in vectors:
+            bare = word.strip(_MARKS)
+            key = next((key for key in (word, word.lower(), bare, bare.lower()) if key in vectors), None)
+            if key is not None:
                 rows[number] = vectors[key]
         found.append(rows)
     return found

@@ -110,6 +110,23 @@ def _race(name: str) -> Task:
     )  # fmt: skip
 
 
+def _embedded(
+    name: str,
+    kind: str,
+    metrics: tuple[str, ...],
+    text: tuple[str, ...],
+    *,
+    label: str = "label",
+    labels: tuple[str, ...] | None = None,
+    choices: tuple[str, ...] = (),
+) -> Task:
+    """One made from this Python's docstrings."""
+    splits = {split: split for split in ("train", "dev", "test")}
+    layout = Layout(splits, text, label, reader=name, id="id", choices=choices)
+    submission = {"span": "squad", "tagging": "conll"}.get(kind, "jsonl")
+    return Task(name, kind, metrics, (layout,), labels, submission=submission)
+
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -188,14 +205,13 @@ TASKS: dict[str, Task] = {
                     "test": "test.en-en.data.json|test/multilingual/test.en-en.data.json"},
                    ("sentence1", "sentence2"), reader="mclwic", id="id", spans=_PLACES),
         ), ("F", "T"), submission="mclwic"),
-        Task("docstring_package", "single", ("accuracy", "f1_macro"), (
-            Layout({split: split for split in ("train", "dev", "test")}, ("text",), reader="docstring_package",
-                   id="id"),
-        ), sources.TASK_PACKAGES),
-        Task("docstring_signature", "choice", ("accuracy",), (
-            Layout({split: split for split in ("train", "dev", "test")}, ("context",), reader="docstring_signature",
-                   id="id", choices=("choices",)),
-        )),
+        _embedded("docstring_package", "single", ("accuracy", "f1_macro"), ("text",), labels=sources.TASK_PACKAGES),
+        _embedded("docstring_same", "pair", ("accuracy",), ("first", "second"), labels=("no", "yes")),
+        _embedded("docstring_signature", "choice", ("accuracy",), ("context",), choices=("choices",)),
+        _embedded("docstring_pair", "pair", ("accuracy",), ("signature", "sentence"), labels=("no", "yes")),
+        _embedded("docstring_span", "span", ("f1", "exact_match"), ("question", "context"), label="answers"),
+        _embedded("docstring_names", "tagging", ("entity_f1", "accuracy"), ("words",), label="tags",
+                  labels=docstrings.NAMES),
     )
 }  # fmt: skip
 
@@ -204,7 +220,7 @@ TASKS: dict[str, Task] = {
 SETTINGS = {
     "name": "what the task is called in results; by default custom",
     "kind": f"one of {', '.join(KINDS)}",
-    "files": "a folder, PATH with {split} in it, train=PATH+dev=PATH+test=PATH, or tfds:NAME",
+    "files": "a folder, PATH with {split} in it, train=PATH+dev=PATH+test=PATH, or tfds:NAME; {task} is the name",
     "reader": "table, conll, squad, dream, race, wic or mclwic; by default what the kind or the file's end says",
     "text": "its columns; numbers, from 0, for files without a header",
     "label": "the column of the label; of conll the tag's",
@@ -239,7 +255,7 @@ def load(spec: str, **settings: str) -> "TaskData":
     unknown = [key for key in settings if name != "custom" and key != "files"]
     if unknown:
         raise UserError(f"task {name!r} takes files=..., not {unknown[0]}=...; task=custom takes {', '.join(SETTINGS)}")
-    return TaskData(task, settings.get("files", ""))
+    return TaskData(task, settings.get("files", "").replace("{task}", task.name))
 
 
 def custom(settings: Mapping[str, str]) -> Task:
@@ -307,7 +323,14 @@ READERS: dict[str, Callable[[str, Layout], Iterator[Record]]] = {
     "wic": lambda path, layout: task_files.read_wic(path),
     "mclwic": lambda path, layout: task_files.read_mclwic(path),
 }
-EMBEDDED = {"docstring_package": docstrings.read_packages, "docstring_signature": docstrings.read_signatures}
+EMBEDDED = {
+    "docstring_package": docstrings.read_packages,
+    "docstring_same": docstrings.read_same,
+    "docstring_signature": docstrings.read_signatures,
+    "docstring_pair": docstrings.read_pairs,
+    "docstring_span": docstrings.read_spans,
+    "docstring_names": docstrings.read_names,
+}
 
 
 def _named(layout: Layout) -> tuple[str, ...]:
@@ -519,19 +542,30 @@ def _explicit(files: str) -> dict[str, str] | None:
 
 
 class TaskText(sources.Source):
-    """`task:NAME[,key=value...]`: the texts of a task's train split, each once, a document an example."""
+    """`task:NAME[,key=value...][#split]`: the texts of a task's split, by default train, each once, a document an
+    example."""
 
     licence = None
 
     def __init__(self, spec: str, body: str):
+        body, self.split = _split_of(body)
         self.spec, self.data = spec, load(body)
+        if self.split not in self.data.splits:
+            raise UserError(f"data source {spec!r}: there is no {self.split}, only {', '.join(self.data.splits)}")
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        return f"{stable_hash('task text', sources.VERSION, self.data.fingerprint, bits=128):032x}"
+        split = () if self.split == "train" else (self.split,)
+        return f"{stable_hash('task text', sources.VERSION, self.data.fingerprint, *split, bits=128):032x}"
 
     def shards(self) -> list[sources.Shard]:
         return [TaskTextShard(self.spec, self.spec.partition(":")[2])]
+
+
+def _split_of(body: str) -> tuple[str, str]:
+    """(NAME[,key=value...], split)"""
+    name, mark, split = body.rpartition("#")
+    return (name, split) if mark and split in ("train", "dev", "test") else (body, "train")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -539,13 +573,17 @@ class TaskTextShard(sources.Shard):
     spec: str
     body: str
 
+    def _examples(self) -> tuple[Example, ...]:
+        body, split = _split_of(self.body)
+        return load(body).examples(split)
+
     @property
     def bytes(self) -> int:
-        return sum(len(text) for example in load(self.body).examples("train") for text in example.all_texts())
+        return sum(len(text) for example in self._examples() for text in example.all_texts())
 
     def documents(self) -> Iterator[sources.Document]:
         seen: set[str] = set()
-        for example in load(self.body).examples("train"):
+        for example in self._examples():
             fresh = [text for text in example.all_texts() if text not in seen]
             seen.update(fresh)
             sentences = [s for text in fresh for line in text.split("\n") for s in sources.split_sentences(line)]

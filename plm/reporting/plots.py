@@ -16,6 +16,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from plm.reporting.runs import Arm, Run, is_finite
+from plm.reporting.studies import Drawing, Results
 from plm.reporting.tables import Panel, ngram_name, quantity, sense_gain
 
 INK, FAINT, GRID = "#1b1f24", "#5b6570", "#d9dee3"
@@ -297,6 +298,91 @@ def parameters_by_part(all_arms: Sequence[Arm], limit: int = 20) -> Figure | Non
         _legend(canvas, drawn)
         svg = _svg(canvas)
     return Figure("parameters", "Where the parameters are", svg)
+
+
+def study_figure(results: Results, drawing: Drawing, name: str) -> Figure | None:
+    """A study's curve or bars, mean and spread over pretraining runs, beside the paper's own on axes of its own."""
+    study = results.study
+    columns = [column for column in study.columns if column.group == drawing.group]
+    rows = [row for row in study.rows if any(results.means(row.name, column.name) for column in columns)]
+    if not rows or not columns:
+        return None
+    draw = _bars if drawing.kind == "bars" else _lines
+    with mpl.rc_context(STYLE):
+        canvas = Canvas(figsize=(10, 3.6))
+        n_axes = 2 if drawing.paper else 1
+        axes = canvas.subplots(1, n_axes, squeeze=False)[0]
+        drawn: dict[str, object] = {}
+        draw(axes[0], results, rows, columns, drawn)
+        axes[0].set_xlabel(drawing.x_label)
+        axes[0].set_ylabel(drawing.y_label or f"{columns[0].unit}")
+        if drawing.logarithmic:
+            axes[0].set_xscale("log")
+        if drawing.paper:
+            axes[0].set_title("ours", loc="left")
+            axes[1].set_title("the paper's", loc="left")
+            axes[1].set_xlabel(drawing.paper_label or drawing.x_label)
+            for index, (label, points) in enumerate(drawing.paper.items()):
+                x, y = np.array(points, float).T
+                place = next((i for i, row in enumerate(rows) if row.label == label), len(rows) + index)
+                style = place % len(COLOURS)
+                (line,) = axes[1].plot(x, y, color=COLOURS[style], marker=MARKERS[style], linestyle="--")
+                drawn.setdefault(label, line)
+            if drawing.logarithmic:
+                axes[1].set_xscale("log")
+        if not drawing.paper:
+            canvas.set_size_inches(7, 3.6)
+        _legend(canvas, drawn)
+        svg = _svg(canvas)
+    most = max(len(results.means(row.name, column.name)) for row in rows for column in columns)
+    note = (
+        f"Budget {study.budget}. Mean over up to {most} pretraining runs; bars: standard deviation." if most > 1 else ""
+    )
+    return Figure(name, drawing.title, svg, note or f"Budget {study.budget}. One pretraining run for each arm.")
+
+
+def _spread_of(results: Results, row: str, columns: Sequence) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(places of the columns that have numbers, means, standard deviations) over pretraining runs."""
+    found = [(place, results.means(row, column.name)) for place, column in enumerate(columns)]
+    found = [(place, values) for place, values in found if values]
+    places = np.array([place for place, _ in found], int)
+    means = np.array([np.mean(values) for _, values in found])
+    return places, means, np.array([np.std(values, ddof=1) if len(values) > 1 else 0.0 for _, values in found])
+
+
+def _lines(axis, results: Results, rows: Sequence, columns: Sequence, drawn: dict) -> None:
+    x = np.array([column.x for column in columns], float)
+    for index, row in enumerate(rows):
+        places, means, deviations = _spread_of(results, row.name, columns)
+        style = index % len(COLOURS)
+        axis.errorbar(x[places], means, deviations, color=COLOURS[style], linewidth=0, elinewidth=1.0, capsize=2)
+        (line,) = axis.plot(
+            x[places],
+            means,
+            color=COLOURS[style],
+            marker=MARKERS[style],
+            linestyle=DASHES[index // len(COLOURS) % len(DASHES)],
+        )
+        drawn[row.label] = line
+
+
+def _bars(axis, results: Results, rows: Sequence, columns: Sequence, drawn: dict) -> None:
+    width = 0.8 / len(rows)
+    for index, row in enumerate(rows):
+        places, means, deviations = _spread_of(results, row.name, columns)
+        left = places + (index - (len(rows) - 1) / 2) * width
+        bars = axis.bar(
+            left,
+            means,
+            0.9 * width,
+            yerr=deviations,
+            color=COLOURS[index % len(COLOURS)],
+            hatch=("", "//", "..", "xx")[index // len(COLOURS) % 4],
+            error_kw={"elinewidth": 1.0, "ecolor": INK},
+        )
+        drawn[row.label] = bars[0]
+    axis.set_xticks(range(len(columns)), [column.label for column in columns])
+    axis.grid(visible=False, axis="x")
 
 
 def _binned(run: Run, axis: str, steps: np.ndarray, values: np.ndarray, n: int):

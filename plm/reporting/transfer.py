@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from plm.analysis.overlap import FLAG
 from plm.reporting.runs import SEED_SUFFIX, Run, is_finite
 from plm.reporting.statistics import Summary, summarise
+from plm.reporting.studies import is_selection
 from plm.reporting.tables import Column, Table
 
 # What a grid goes over: learning rate and duration, with what is resolved from them.
 TRIED = ("optimizer.peak_lr", "total_steps")
 _DEPENDENT = ("optimizer.warmup_steps", "optimizer.schedule_steps")
-SUITE, SELECTION = "task", "dev"
+SUITE = "task"
+NO_SPLIT = ("all", "learned")  # rows that are no score: the overlap with the pretraining text, shares in a mix
 PRETRAINED = "pretrained_8_grams"
 
 
@@ -28,8 +30,9 @@ def _measured(run: Run) -> dict[str, dict[str, dict]]:
     for row in run.results:
         if row.get("suite") != SUITE or not row.get("predictions") or not is_finite(row.get("value")):
             continue
-        split = str(row.get("split"))
-        part = "selection" if split in (SELECTION, f"{SELECTION}, first half") else "report"
+        if row.get("split") in NO_SPLIT:
+            continue
+        part = "selection" if is_selection(row.get("split")) else "report"
         found.setdefault(str(row["metric"]), {})[part] = row
     return found
 

@@ -422,7 +422,12 @@ TASK: tuple[tuple[str, Any, Rule, str], ...] = (
     ("word_piece", "first", one_of("first", "last"), "the piece that stands for a word"),
     ("question", 64, whole(1), "pieces of a question at most, of a span task"),
     ("stride", 128, whole(1), "pieces between two windows of a long context"),
-    ("vectors", "", words(), "GloVe or word2vec file whose vectors of words the head reads too"),
+    (
+        "vectors",
+        "",
+        words(),
+        "file of vectors of words that the head reads too (GloVe, word2vec), or word2vec:SOURCE",
+    ),
 )
 
 # A resumed run may change these: where it runs, how often it saves and reports. Not what is computed.
@@ -816,8 +821,11 @@ def _listed(option: tuple | Number) -> str:
     return "|".join(map(str, option))
 
 
-def read_file(path: str):
-    """The module of an experiment file; a file inside a package may import from the package that it lies in."""
+def read_file(path: str, needs: str = "get_config"):
+    """The module of an experiment file; a file inside a package may import from the package that it lies in.
+
+    needs: get_config, what a run is made of, or sweep.
+    """
     file = Path(path)
     if not file.is_file():
         folder = file.parent if file.parent.is_dir() else Path(".")
@@ -837,8 +845,11 @@ def read_file(path: str):
         spec.loader.exec_module(module)
     except SyntaxError as error:
         raise UserError(f"--config={path!r} is not valid Python: {error}") from error
-    if not callable(getattr(module, "get_config", None)):
-        raise UserError(f"--config={path!r} defines no get_config(arguments)")
+    if not callable(getattr(module, needs, None)):
+        takes = {"get_config": "get_config(arguments)", "sweep": "sweep(add, arguments)"}
+        other = {"get_config": ("sweep", "launch.sweep runs it"), "sweep": ("get_config", "plm.train runs it")}[needs]
+        hint = f"; python -m {other[1]}" if callable(getattr(module, other[0], None)) else ""
+        raise UserError(f"--config={path!r} defines no {takes[needs]}{hint}")
     return module
 
 
@@ -848,7 +859,13 @@ def split_spec(spec: str) -> tuple[str, str]:
     return path, text
 
 
-def load(spec: str, overrides: Mapping[str, Any] | None = None, *, complete: bool = True) -> ConfigDict:
+def load(
+    spec: str,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    complete: bool = True,
+    source: ConfigDict | None = None,
+) -> ConfigDict:
     """The config of `FILE.py:arguments` with overrides, validated and locked.
 
     Args:
@@ -856,6 +873,7 @@ def load(spec: str, overrides: Mapping[str, Any] | None = None, *, complete: boo
       overrides: dotted key -> value, or its text as on a command line. Overriding one duration clears the others.
       complete: see `validate`. A file whose get_config has a parameter `source` gets the config of the model in
         `init.from`, which must be given; without `complete` it may be None.
+      source: that config, where the model is not there yet.
 
     Raises:
       UserError: one line for everything that is wrong with them.
@@ -863,7 +881,7 @@ def load(spec: str, overrides: Mapping[str, Any] | None = None, *, complete: boo
     path, text = split_spec(spec)
     get_config = read_file(path).get_config
     if "source" in inspect.signature(get_config).parameters:
-        config = get_config(text, _model_of((overrides or {}).get("init.from", ""), path, complete))
+        config = get_config(text, source or _model_of((overrides or {}).get("init.from", ""), path, complete))
     else:
         config = get_config(text)
     apply(config, overrides or {})

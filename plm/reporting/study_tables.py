@@ -1,0 +1,204 @@
+"""A study's results as tables: ours beside the paper's, and for each claim a contrast, its interval and a verdict."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from plm.reporting.statistics import (
+    FEWEST_SEEDS,
+    Contrast,
+    Summary,
+    Term,
+    contrast,
+    smallest_p,
+    summarise,
+    verdict,
+)
+from plm.reporting.studies import Claim, Results, Study
+from plm.reporting.tables import Column, Table
+
+LISTED = 6  # places that are named in a note
+
+
+def identifier(study: Study) -> str:
+    """For file names and anchors."""
+    return f"{study.name}_{study.budget}"
+
+
+def summary(results: Results, row: str, column: str) -> Summary | None:
+    """Over pretraining runs."""
+    return summarise(results.means(row, column))
+
+
+def _spread_of_curve(study: Study) -> set[str]:
+    """Columns that are points of a curve stand in its figure, and in a table of their own."""
+    return {column.name for column in study.columns if column.x is not None}
+
+
+def cells_table(results: Results) -> Table | None:
+    """Arms x quantities: mean ± sd over pretraining runs, and the paper's number."""
+    study, of_curves = results.study, _spread_of_curve(results.study)
+    shown = [column for column in study.columns if column.name not in of_curves]
+    if not shown:
+        return None
+    columns: list[Column] = [Column("arm")]
+    for one in shown:
+        columns.append(Column(one.label, one.unit, f".{one.digits}f", interval=True))
+        columns.append(Column(f"{one.label}, paper", one.unit, "g"))
+    rows, muted = [], set()
+    for number, row in enumerate(study.rows):
+        cells: list[Any] = [row.label]
+        for one in shown:
+            cells += [summary(results, row.name, one.name), study.paper.get(row.name, {}).get(one.name)]
+        rows.append(cells)
+        if row.control:
+            muted.add(number)
+    note = [_measured(study), _seeds(results), _missing(results)]
+    title = f"{study.title}: ours at budget {study.budget}, and the paper's"
+    table = Table(f"{identifier(study)}_cells", title, columns, rows, " ".join(filter(None, note)), muted)
+    return table.without_empty_columns()
+
+
+def curve_tables(results: Results) -> list[Table]:
+    """For each group of columns, arms x points."""
+    study, tables = results.study, []
+    for drawing in study.drawings:
+        own = [column for column in study.columns if column.group == drawing.group and column.x is not None]
+        rows = [
+            [row.label, *(summary(results, row.name, column.name) for column in own)]
+            for row in study.rows
+            if any((row.name, column.name) in study.cells for column in own)
+        ]
+        if rows:
+            columns = [Column("arm"), *(Column(c.label, c.unit, f".{c.digits}f") for c in own)]
+            note = " ".join(filter(None, [_seeds(results), _missing(results)]))
+            tables.append(Table(f"{identifier(study)}_{drawing.group}", drawing.title, columns, rows, note))
+    return tables
+
+
+def claims_table(results: Results) -> Table | None:
+    """A row for each claim: what the paper found, what we find, and what that allows to say."""
+    study = results.study
+    if not study.claims:
+        return None
+    rows = []
+    for claim in study.claims:
+        found = measure(results, claim)
+        smallest = smallest_effect(study, claim)
+        if found is None:
+            rows.append([claim.name, claim.text, claim.effect, None, None, None, None, smallest, "not measured yet"])
+            continue
+        interval = None
+        if found.interval is not None:
+            interval = " to ".join(_signed(value) for value in found.interval)
+        word = verdict(found, smallest).text()
+        n = len(found.by_seed)
+        by_seed = summarise(found.by_seed)
+        rows.append([claim.name, claim.text, claim.effect, by_seed, interval, n, found.p, smallest, word])
+    columns = [
+        Column("claim"),
+        Column("what is said"),
+        Column("paper", "points", _signed),
+        Column("ours", "points", _signed),
+        Column("95% interval"),
+        Column("pretraining runs", "", ".0f"),
+        Column("sign-flip p", "", ".3f"),
+        Column("smallest effect of interest", "points", "g"),
+        Column("verdict"),
+    ]
+    title = f"{study.title}: what it claims, and what these runs say"
+    return Table(f"{identifier(study)}_claims", title, columns, rows, _how(results)).without_empty_columns()
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f}" if abs(value) >= 0.05 or value == 0 else f"{value:+.2f}"
+
+
+def smallest_effect(study: Study, claim: Claim) -> float:
+    """Of the columns that the claim is about."""
+    return float(np.mean([study.column(column).smallest for _, column, _ in claim.terms]))
+
+
+def measure(results: Results, claim: Claim) -> Contrast | None:
+    """Over the pretraining runs that all cells of the claim have; None where there is none."""
+    cells = [(results.by_seed(row, column), weight, column) for row, column, weight in claim.terms]
+    seeds = sorted(set.intersection(*(set(by_seed) for by_seed, _, _ in cells)))
+    if not seeds:
+        return None
+    terms = []
+    for by_seed, weight, column in cells:
+        own = [by_seed[seed] for seed in seeds]
+        values = [[value.value for value in heads] for heads in own]
+        sets = {value.examples for heads in own for value in heads}
+        counted = len(sets) == 1 and all(value.counts is not None for heads in own for value in heads)
+        counts = [[value.counts for value in heads] for heads in own] if counted else None
+        factor = results.study.column(column).factor
+        terms.append(Term(weight, values, counts, sets.pop() if counted else 0, factor))
+    return contrast(terms)
+
+
+def _measured(study: Study) -> str:
+    named = [f"{column.label}: here {column.measured}" for column in study.columns if column.measured]
+    return "; ".join(dict.fromkeys(named)) + "." if named else ""
+
+
+def _seeds(results: Results) -> str:
+    counts = sorted({len(results.by_seed(*key)) for key in results.study.cells})
+    if not counts:
+        return ""
+    heads = max((len(own) for key in results.study.cells for own in results.by_seed(*key).values()), default=1)
+    nested = f", each the mean of {heads} head seeds" if heads > 1 else ""
+    if counts[-1] <= 1:
+        return "One pretraining run for each arm: differences include the chance of the seed."
+    return f"± is over {counts[-1]} pretraining runs{nested}."
+
+
+def _missing(results: Results) -> str:
+    missing = results.missing
+    if not missing:
+        return ""
+    listed = ", ".join(place.rstrip("/").rpartition("/")[2] for place in missing[:LISTED])
+    more = f" and {len(missing) - LISTED:,} more" if len(missing) > LISTED else ""
+    return f"Not there yet: {listed}{more}."
+
+
+def _how(results: Results) -> str:
+    n = max((len(results.by_seed(*key)) for key in results.study.cells), default=0)
+    found = [c for c in (measure(results, claim) for claim in results.study.claims) if c is not None]
+    text = (
+        "Runs with the same seed are paired. Intervals: crossed bootstrap over pretraining runs and examples, 10,000."
+    )
+    if found and not all(one.over_examples for one in found):
+        text += " Where a quantity is no ratio of counts, or has none, only over runs."
+    if n < FEWEST_SEEDS:
+        text += f" Fewer than {FEWEST_SEEDS} pretraining runs: no verdicts."
+    else:
+        text += f" The exact sign-flip test over {n} runs cannot go below p = {smallest_p(n):.3g}."
+    return text + " Verdicts as docs/protocol.md, 15."
+
+
+def overview(all_results: Sequence[Results]) -> Table | None:
+    """Every claim of every study, a row each."""
+    rows = []
+    for results in all_results:
+        study = results.study
+        for claim in study.claims:
+            found = measure(results, claim)
+            word = "not measured yet" if found is None else verdict(found, smallest_effect(study, claim)).text()
+            ours = None if found is None else summarise(found.by_seed)
+            n = None if found is None else len(found.by_seed)
+            rows.append([claim.name, study.title, claim.text, study.budget, claim.effect, ours, n, word])
+    if not rows:
+        return None
+    columns = [
+        Column("claim"),
+        Column("table"),
+        Column("what is said"),
+        Column("budget"),
+        Column("paper", "points", _signed),
+        Column("ours", "points", _signed),
+        Column("pretraining runs", "", ".0f"),
+        Column("verdict"),
+    ]
+    return Table("claims", "Every claim and its verdict", columns, rows).without_empty_columns()

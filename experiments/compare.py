@@ -5,6 +5,7 @@
     python -m plm.train --config=experiments/compare.py:tiny,architecture=lstm,objective=masked --workdir=DIR
     python -m launch.sweep --config=experiments/compare.py:laptop --config.data.source='text:...' --root=DIR
     python -m launch.sweep --config=experiments/compare.py:small,cells=all --config.data.source='text:...' --root=DIR
+    python -m launch.sweep --config=experiments/compare.py:tiny,cells=all,tune=rates --root=DIR  # protocol 7
 
 | budget | body | text | hardware, time a point | expected |
 | --- | --- | --- | --- | --- |
@@ -162,6 +163,7 @@ def read_arguments(text: str):
         state=("carried", "fresh"),
         model=("none", "elmo", "gpt", "bert"),
         cells=("demo", "all"),
+        tune=("none", "rates"),
     )
     named = {item.split("=")[0] for item in text.split(",")}
     if given.arm == "native":
@@ -170,9 +172,9 @@ def read_arguments(text: str):
             raise UserError(
                 f"config argument {min(wrong)!r} belongs to arm=controlled; arm=native has model=elmo|gpt|bert"
             )
-        if given.size != "tiny":
+        if given.size == "small":
             raise UserError(
-                f"config argument size={given.size!r} is for arm=controlled; arm=native is published at size=tiny"
+                f"config argument size={given.size!r} is for arm=controlled; arm=native has the sizes tiny and laptop"
             )
     elif given.model != "none":
         raise UserError(
@@ -187,18 +189,22 @@ def read_arguments(text: str):
     return given
 
 
+# Of the peak learning rates that protocol 7 tries, a quarter of the budget each; the best at an edge extends its grid.
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+NATIVE_RATES = {"elmo": (0.06, 0.2, 0.6, 2.0), "gpt": RATES, "bert": (1e-4, 3e-4, 1e-3, 3e-3)}
 LANES = {("lstm", "causal"), ("lstm", "bidirectional")}
 
 
 def get_config(arguments: str = ""):
     """One point; see `read_arguments`."""
     given = read_arguments(arguments)
-    if given.cells != "demo":
-        raise UserError("config argument cells='all' names a sweep: python -m launch.sweep --config=... --root=DIR")
+    if given.cells != "demo" or given.tune != "none":
+        what = "cells='all'" if given.cells != "demo" else "tune='rates'"
+        raise UserError(f"config argument {what} names a sweep: python -m launch.sweep --config=... --root=DIR")
     if given.arm == "native":
         if given.model == "none":
             raise UserError("config argument arm='native' needs model=elmo|gpt|bert, or launch.sweep for all three")
-        return {"elmo": elmo, "gpt": gpt, "bert": bert}[given.model].get_config("tiny")
+        return {"elmo": elmo, "gpt": gpt, "bert": bert}[given.model].get_config(given.size)
     budget = BUDGETS[given.size]
     lanes = (given.architecture, given.objective) in LANES and given.state == "carried"
     config = common.configure(
@@ -242,20 +248,29 @@ def get_config(arguments: str = ""):
 
 
 def sweep(add, arguments: str = "") -> None:
-    """The demo's three models; with cells=all the six cells; with arm=native the three papers' models."""
+    """The demo's three models; with cells=all the six cells; with arm=native the three papers' models. With tune=rates
+    each at several learning rates and a quarter of the length (protocol 7)."""
     given = read_arguments(arguments)
     one_cell = {item.split("=")[0] for item in arguments.split(",")} & {"architecture", "objective", "input", "model"}
     if one_cell:
         raise UserError(
-            f"config argument {min(one_cell)!r} names one point; a sweep takes size, arm, budget, state and cells"
+            f"config argument {min(one_cell)!r} names one point; a sweep takes size, arm, budget, state, cells and tune"
         )
+    size, points = given.size, {}
     if given.arm == "native":
-        for name in ("elmo", "gpt", "bert"):
-            add(name, f"{given.size},arm=native,model={name}")
+        points = {name: f"{size},arm=native,model={name}" for name in ("elmo", "gpt", "bert")}
     elif given.cells == "all":
         for architecture in ("transformer", "lstm"):
             for objective in DIRECTIONS:
-                add(f"{architecture}-{objective}", f"{given.size},architecture={architecture},objective={objective}")
+                points[f"{architecture}-{objective}"] = f"{size},architecture={architecture},objective={objective}"
     else:
-        for name, point in DEMO.items():
-            add(name, f"{given.size},{point}")
+        points = {name: f"{size},{point}" for name, point in DEMO.items()}
+    for name, point in points.items():
+        if given.tune == "none":
+            add(name, point)
+            continue
+        config = get_config(point)
+        quarter = {key: config[key] / 4 for key in configs.DURATIONS if config[key] is not None}
+        quarter = {key: value if key == "total_epochs" else round(value) for key, value in quarter.items()}
+        for rate in NATIVE_RATES[name] if given.arm == "native" else RATES:
+            add(f"{name}-lr{rate:g}", point, {"optimizer.peak_lr": rate, **quarter, "eval.every_steps": 0})

@@ -25,8 +25,9 @@ as full, BERT's optimizer |
 The last three are the same for all models, two texts apart and the maximum over a row, so that they compare (protocol
 9). Controls: `--config.init.keep=nothing` keeps only the vocabulary (from scratch; with a frozen way: random features),
 `--config.data.task.shuffled_labels=true`, `--config.data.task.fraction=0.1`, `reset_top=K` gives the K uppermost layers
-random values, `--config.data.task.vectors=FILE` with `--config.objectives.<o>.reads=vectors` reads GloVe or word2vec
-vectors. `layer_decay=95`: each layer below the top learns with 0.95 of the rate above it.
+random values, `auxiliary=0` leaves GPT's language model out of the loss (it has `auxiliary` hundredths), `orders=one`
+reads its like texts in one order only, `--config.data.task.vectors=FILE` with `--config.objectives.<o>.reads=vectors`
+reads GloVe or word2vec vectors. `layer_decay=95`: each layer below the top learns with 0.95 of the rate above it.
 
 The papers' numbers: GPT 6.25e-5, 32 examples, 3 epochs, linear decay, 0.2% warm-up; BERT 5e-5 to 2e-5, 16 or 32, 2 to
 4 epochs, 10% warm-up; ELMo's features 1e-3. A model of 1M parameters wants about ten times the rate of one of 110M; the
@@ -47,7 +48,7 @@ from plm.training import config as configs
 WAYS = ("paper", "full", "bert", "features", "probe", "static")
 FROZEN = ("^(embedding|blocks|backward_blocks)/",)
 CHOICES = {"swag": 4, "dream": 3, "storycloze": 2, "race_middle": 4, "race_high": 4, "docstring_signature": 4}
-ALIKE = ("mrpc", "qqp", "stsb", "docstring_same")  # two texts without an order: GPT reads them in both
+ALIKE = ("mrpc", "qqp", "stsb")  # two texts without an order: GPT reads them in both
 GRID = {"forward": (6.25e-5, 2e-4, 6e-4), "full": (2e-5, 5e-5, 2e-4), "both": (3e-4, 1e-3, 3e-3)}
 EPOCHS = (3.0, 6.0)
 
@@ -61,12 +62,15 @@ def _arguments(text: str):
         choices=configs.Number(0, 0, 100),
         reset_top=configs.Number(0),
         layer_decay=configs.Number(100, 1, 100),
+        auxiliary=configs.Number(50, 0, 1000),
+        orders=("paper", "both", "one"),
     )
 
 
 def get_config(arguments: str = "", source=None):
     """arguments: task=docstring_package|sst2|...|custom, way=paper|full|features|probe|static, kind=... (custom),
-    choices=N (custom, kind choice), reset_top=K, layer_decay=PERCENT. source: the config of the model in init.from."""
+    choices=N (custom, kind choice), reset_top=K, layer_decay=PERCENT, auxiliary=PERCENT, orders=paper|both|one.
+    source: the config of the model in init.from."""
     given = _arguments(arguments)
     if given.kind and given.task != "custom":
         raise configs.UserError(f"config argument kind={given.kind} is for task=custom; {given.task} has its own")
@@ -129,7 +133,8 @@ def _recipe(config, given, kind: str, source) -> None:
     elif given.way == "bert" or (given.way == "paper" and direction == "full"):
         head["pooler"] = objective in ("classify", "regress", "choose")
     elif given.way == "paper":
-        pairs = "both_orders" if direction == "forward" and given.task in ALIKE else "joined"
+        both = given.orders == "both" or (given.orders == "paper" and given.task in ALIKE)
+        pairs = "both_orders" if both else "joined"
     two_texts = kind in ("pair", "similarity", "word")
     if objective in ("classify", "regress"):
         head["pairs"] = pairs if two_texts and not (kind == "word" and pairs == "both_orders") else "joined"
@@ -138,8 +143,8 @@ def _recipe(config, given, kind: str, source) -> None:
     if objective in ("tag", "span"):
         head.pop("pooling")
     configs.add_objective(config, objective, **head)
-    if given.way == "paper" and direction == "forward" and "causal" in source.objectives:
-        configs.add_objective(config, "causal", 0.5, per_row=True)
+    if given.way == "paper" and direction == "forward" and "causal" in source.objectives and given.auxiliary:
+        configs.add_objective(config, "causal", given.auxiliary / 100, per_row=True)
     rows = choices if objective == "choose" else 1 if head.get("pairs", "joined") == "joined" else 2
     # A word's last piece is the first that has seen all of it, reading from the left.
     settings = {"batch_size": 32 * rows, "data.task.word_piece": "first" if direction == "full" else "last"}

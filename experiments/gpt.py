@@ -7,6 +7,7 @@
 | --- | --- | --- | --- | --- |
 | tiny | 2 x 128 | 0.9M | 2 CPU cores, minutes | past the bigram on the embedded corpus |
 | laptop | 4 x 128 | 1.9M | 1 CPU core, an hour | docs/transfer.md |
+| small | 8 x 384 | 17.5M | one accelerator, minutes | not measured yet |
 | base (also `gpt`) | 12 x 768 | 116,534,784 | not in the paper | 18.4 per-token perplexity on BooksCorpus |
 
 `base` is the paper's recipe: 512-token blocks of long contiguous text, 64 rows, 100 epochs, Adam with peak 2.5e-4,
@@ -26,9 +27,9 @@ from plm.training import config as configs
 
 
 def get_config(arguments: str = ""):
-    """arguments: size=base|gpt|laptop|tiny (`gpt` is another name of `base`), body=transformer|lstm|matched."""
+    """arguments: size=base|gpt|small|laptop|tiny (`gpt` is another name of `base`), body=transformer|lstm|matched."""
     given = configs.arguments(
-        arguments, size=("base", "gpt", "laptop", "tiny"), body=("transformer", "lstm", "matched")
+        arguments, size=("base", "gpt", "small", "laptop", "tiny"), body=("transformer", "lstm", "matched")
     )
     size = given.size
     config = common.configure(
@@ -71,7 +72,12 @@ def get_config(arguments: str = ""):
         "init": "normal",
         "init_stddev": 0.02,
     }
-    if size in ("tiny", "laptop"):
+    if size == "small":
+        model |= {"width": 384, "layers": 8, "heads": 6, "mlp_width": 1536}
+        settings = {"data.tokenizer.vocab": 8192, "batch_size": 256, "seq_len": 128, "total_steps": 9000}
+        settings |= {"optimizer.peak_lr": 6e-4, "optimizer.warmup_steps": 500, "softmax_chunk": 0}
+        configs.apply(config, {**settings, "checkpoint.every_steps": 2000, "eval.every_steps": 2000})
+    elif size in ("tiny", "laptop"):
         # So little text read so seldom is not overfitted: no dropout. See common.TINY for the init.
         recipe, source = (common.TINY, "pydocs") if size == "tiny" else (common.LAPTOP, "")
         configs.apply(config, {**common.on_cpu(recipe["gpt"], source), "softmax_chunk": 0})

@@ -26,9 +26,9 @@ RECORD = "point.json"
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A run, or a measurement of another point's model.
+    """A run, or a measurement of another point's model, whose rows go to that one's workdir.
 
-    workdir: where its files go; spec: FILE.py:arguments, "" for a measurement; overrides: {dotted key: value or its
+    workdir: where its own files go; spec: FILE.py:arguments, "" for a measurement; overrides: {dotted key: value or its
     text}; start: the point whose model it starts from or measures, as its parent's name; model: that one's workdir;
     measure: flags of plm.evaluate, of a run for what is measured when it is trained.
     """
@@ -61,7 +61,7 @@ class Point:
         """What does it; python: what stands for this interpreter."""
         module = TRAIN if self.trains else EVALUATE
         program = (*python, *module[1:]) if python else module
-        return (*program, *self.flags(), f"--{'workdir' if self.trains else 'output'}={self.workdir}")
+        return (*program, *self.flags(), *([f"--workdir={self.workdir}"] if self.trains else []))
 
 
 def stages(points: Sequence[Point]) -> list[list[Point]]:
@@ -120,14 +120,14 @@ class Records:
         write_json(path, {**read_json(path), **facts})
 
 
-def _alive(pid: int | None, workdir: epath.Path) -> bool:
-    """Whether the process still trains there; another one may have got its number since."""
+def _alive(pid: int | None, arguments: Sequence[str]) -> bool:
+    """Whether the process is still at work; another one may have got its number since."""
     if not pid:
         return False
     command = Path(f"/proc/{pid}/cmdline")
     if Path("/proc/self/cmdline").exists():
         try:
-            return str(workdir).encode() in command.read_bytes()
+            return command.read_bytes().startswith("\0".join(arguments).encode())
         except OSError:
             return False
     try:
@@ -154,7 +154,7 @@ def state(workdir: epath.PathLike, jobs: Callable[[str], str] | None = None) -> 
     elif code is None and record.get("backend") == "tpu":
         return "running" if is_locked(workdir.parent) else "interrupted"
     elif code is None:
-        return "running" if _alive(record.get("pid"), workdir) else "interrupted"
+        return "running" if _alive(record.get("pid"), record.get("command", [])) else "interrupted"
     if code == 0:
         return "finished"
     # A signal (as Python or a shell tells it), or a stop with everything saved, is an interruption and not a failure.

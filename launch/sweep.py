@@ -48,15 +48,20 @@ from plm.training import config as configs
 class Add:
     """What an experiment file's `sweep(add, arguments)` makes its points with.
 
-    seeds: of --seeds, 0 if it is not given. files: of --config.data.task.files, "" if it is not given.
+    seeds: of --seeds, 0 if it is not given.
     """
 
     def __init__(self, path: str, overrides: dict[str, Any], seeds: int, root: epath.Path, shared: epath.Path):
-        self.seeds, self.files = seeds, str(overrides.get("data.task.files", ""))
+        self.seeds = seeds
         self._path, self._overrides, self._root, self._shared = path, overrides, root, shared
         self.points: dict[str, Point] = {}
         self._configs: dict[str, Any] = {}
         self._taken: set[str] = set()
+
+    def given(self, key: str) -> str:
+        """What the user overrides a key with, for a sweep that reads it itself; "" without."""
+        self._taken.add(key)
+        return str(self._overrides.get(key, ""))
 
     def __call__(
         self,
@@ -78,7 +83,8 @@ class Add:
         shared: it is one that other sweeps need too; measure: flags of plm.evaluate, run when it is trained.
 
         A point whose overrides have a seed is one point, whatever --seeds says. What the user overrides in `data` goes
-        where it is read: `data.task.*` to runs on tasks, the rest of it to those that read text.
+        where it is read: `data.task.*` to runs on tasks, the rest of it to those that read text; none of it to runs
+        that start from another point and have a text of their own.
         """
         own = dict(overrides or {})
         seeds = [None] if "seed" in own else list(range(self.seeds)) or [None]
@@ -92,7 +98,7 @@ class Add:
         return full
 
     def measure(self, name: str, model: str, flags: Sequence[str], at: str = "") -> str:
-        """Adds a measurement of an earlier point's model: flags of plm.evaluate; its rows lie in its own workdir.
+        """Adds a measurement of an earlier point's model: flags of plm.evaluate; its rows lie in that one's workdir.
 
         at: @STEP or @all, for other checkpoints than the newest.
         """
@@ -114,10 +120,13 @@ class Add:
 
     def _of_user(self, name: str, spec: str, own: dict[str, Any], start: str) -> dict[str, Any]:
         """The user's overrides that are for this point."""
-        on_task = any(key.startswith("data.") for key in self._overrides) and self._is_task(name, spec, own, start)
+        of_data = any(key.startswith("data.") for key in self._overrides)
+        on_task = of_data and self._is_task(name, spec, own, start)
+        on_own_text = bool(start) and "data.source" in own
         found = {}
         for key, value in self._overrides.items():
-            if key.startswith("data.") and key != "data.workers" and key.startswith("data.task.") != on_task:
+            elsewhere = key.startswith("data.task.") != on_task or on_own_text
+            if key.startswith("data.") and key != "data.workers" and elsewhere:
                 continue
             self._taken.add(key)
             if key in own:
@@ -138,8 +147,8 @@ class Add:
         """Errors: UserError for no points, and an override that is for none."""
         if not self.points:
             raise UserError(f"the sweep of {spec!r} has no points")
-        for key in self._overrides:
-            if key not in self._taken:
+        for key in set(self._overrides) - self._taken:
+            if key.startswith("data."):
                 what = "runs on a task" if key.startswith("data.task.") else "reads text"
                 raise UserError(f"--config.{key}: no point of {spec!r} {what}")
 
@@ -259,6 +268,7 @@ def launch(
             if states[point.name] == "running" and record.get("backend") == "local":
                 raise UserError(f"{point.workdir} is in use by process {record.get('pid')}")
         if study is not None:
+            study.models = list(dict.fromkeys(point.start for point in points if point.start))
             write_json(root / studies.FILE, study.record({point.name: point.workdir for point in points}, root))
         _watch(backend.run_all(todo, chosen, Records(texts)), chosen, backend)
         print(table(chosen, backend.jobs()), flush=True)
@@ -467,6 +477,8 @@ def main() -> int:
     root = _folder(_FLAGS.root)
     shared = str(_folder(_FLAGS.shared)) if _FLAGS.shared else ""
     points, study = read_points(_CONFIG.spec, root, _CONFIG.overrides, _FLAGS.seeds, shared)
+    if study is not None:
+        study.command = shlex.join(["python", "-m", "launch.sweep", *sys.argv[1:]])
     chosen, backend = choose(points, _FLAGS.only), backend_of(_FLAGS, root)
     if _FLAGS.status:
         jobs = backend.jobs()

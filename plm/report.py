@@ -1,8 +1,15 @@
 """Compares runs: `python -m plm.report DIR [DIR...] --output=PATH` writes one HTML page.
 
-Finds every workdir in or below the directories and reads only their JSON files; runs may still be going on.
+    python -m plm.report runs/demo                                  # runs beside each other
+    python -m plm.report runs/b5 runs/g5 --export=csv,tex,svg       # ablations: the papers' tables, ours beside theirs
+    python -m plm.report runs/b5 --bundle=b5.tar                    # all that the page is made of, for others
+    python -m plm.report b5.tar                                     # and the page again, anywhere
+
+Finds every workdir and every study of a sweep in or below the directories and reads only their JSON files; runs may
+still be going on.
 """
 
+import tempfile
 from pathlib import Path
 
 from absl import flags
@@ -10,7 +17,7 @@ from absl import flags
 from plm import command
 from plm.errors import UserError
 
-EXPORTS = ("csv", "md", "svg")
+EXPORTS = ("csv", "md", "svg", "tex")
 
 
 def main(directories: list[str]) -> None:
@@ -24,16 +31,43 @@ def main(directories: list[str]) -> None:
     unknown = sorted(set(values.export) - set(EXPORTS))
     if unknown:
         raise UserError(f"--export={','.join(unknown)}: choose from {', '.join(EXPORTS)}")
-    from plm.reporting import runs
-
-    output = Path(values.output or (Path(directories[0]) / "report.html" if len(directories) == 1 else "report.html"))
+    output = Path(values.output or (_beside(directories[0]) if len(directories) == 1 else "report.html"))
     if output.is_dir():
         output /= "report.html"
+    with tempfile.TemporaryDirectory() as unpacked:
+        _write([_folder(directory, Path(unpacked)) for directory in directories], output, values)
+
+
+def _beside(directory: str) -> Path:
+    return Path(directory).with_suffix(".html") if directory.endswith(".tar") else Path(directory) / "report.html"
+
+
+def _folder(directory: str, unpacked: Path) -> str:
+    """A directory as it is, a bundle unpacked."""
+    if not directory.endswith(".tar"):
+        return directory
+    from plm.reporting import bundle
+
+    folder = unpacked / Path(directory).stem
+    bundle.unpack(Path(directory), folder)
+    return str(folder)
+
+
+def _write(directories: list[str], output: Path, values: flags.FlagValues) -> None:
+    from plm.reporting import bundle, runs, studies
+
     found = runs.find(directories)
-    groups = runs.by_corpus(found, separate=values.table_by_corpus)
+    results = {folder: studies.Results(study) for folder, study in studies.find(directories).items()}
+    places = {cell.place for one in results.values() for cells in one.study.cells.values() for cell in cells}
+    models = {model for one in results.values() for model in one.study.models}
+    found += runs.elsewhere(sorted((places | models) - {run.path for run in found}))
+    on_tasks = [run for run in found if run.is_task and run.path in places]
+    groups = runs.by_corpus(
+        [run for run in found if run not in on_tasks], separate=values.table_by_corpus or bool(results)
+    )
     from plm.reporting import page  # matplotlib: bad input is answered before it is loaded
 
-    parts = page.prepare(groups)
+    parts = page.prepare(groups, list(results.values()), on_tasks)
     texts = {output: page.html(parts)}
     if "md" in values.export:
         texts[output.with_suffix(".md")] = page.markdown(parts)
@@ -47,6 +81,9 @@ def main(directories: list[str]) -> None:
             partial.replace(path)
         except OSError as error:
             raise UserError(f"--output={output}: cannot write {path}: {error.strerror}") from error
+    if values.bundle:
+        n = bundle.write(Path(values.bundle), [*(run.path for run in found), *results])
+        print(f"{n:,} files: {values.bundle}")
     complete = sum(run.complete for run in found)
     print(f"{len(found)} runs ({complete} complete): {output}")
     for path in list(texts)[1:]:
@@ -55,6 +92,7 @@ def main(directories: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("output", "", "the page; by default report.html in DIR, with several DIRs in this folder")
-    flags.DEFINE_list("export", [], "tables and figures beside the page: csv, svg (in PAGE_files/) and md (PAGE.md)")
+    flags.DEFINE_list("export", [], "beside the page: csv, tex, svg (in PAGE_files/) and md (PAGE.md)")
+    flags.DEFINE_string("bundle", "", "a tar file of all that the page is made of, which plm.report reads again")
     flags.DEFINE_bool("table_by_corpus", False, "tables of its own for each corpus (and protocol) instead of an error")
     command.run(main, positional=True)

@@ -87,7 +87,11 @@ def test_tables_agree_with_the_code_that_reads_them():
         (GPT, {"total_steps": "none"}, r"total_steps must be given a number"),
         # files and arguments
         (f"{REPOSITORY}/experiments/gtp.py:tiny", {}, r"there is no such file; did you mean '.*gpt\.py'"),
-        (f"{REPOSITORY}/experiments/gpt.py:huge", {}, r"config argument size='huge' must be base\|gpt\|tiny"),
+        (
+            f"{REPOSITORY}/experiments/gpt.py:huge",
+            {},
+            r"config argument size='huge' must be base\|gpt\|small\|laptop\|tiny",
+        ),
         (f"{REPOSITORY}/experiments/gpt.py:tiny,", {}, r"config argument '' is unknown"),
         (f"{REPOSITORY}/experiments/bert.py:base,phase", {}, r"config argument 'phase' has no value; it is phase=1\|2"),
         (f"{REPOSITORY}/experiments/common.py", {}, r"defines no get_config"),

@@ -153,4 +153,4 @@ def test_what_starts_from_a_point_is_an_array_that_waits_for_it(commands, traine
     assert cases[0].startswith(f"0) tasks=2; workdir={root}/c; set -- ")
     assert f"--config.init.from={root}/a" in cases[0]
     assert cases[1].startswith(f"1) tasks=1; workdir={root}/d; set -- ")
-    assert f"-m plm.evaluate --model={root}/b --suite=perplexity --output={root}/d" in cases[1]
+    assert f"-m plm.evaluate --model={root}/b --suite=perplexity ;;" in cases[1]

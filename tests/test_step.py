@@ -169,7 +169,7 @@ def assert_microbatches_are_the_batch(cell, batches, **options):
     for (path, old), (_, new) in zip(paths_and_leaves(start.params), paths_and_leaves(whole.params), strict=True):
         # A bias on attention's keys shifts all scores of a query alike: its gradient is 0 but for rounding.
         assert np.abs(old - new).max() > 1e-4 or path.endswith("key/bias"), path
-    assert parts._cache_size() == 1
+    assert parts.jitted._cache_size() == 1
 
 
 # What a cell adds: GPT's dropped matrix, shared negatives, carried states. The rest is in `make test-full`.
@@ -228,7 +228,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
     assert np.isfinite(metrics[0]["loss"])
     assert (int(after.step), after.skipped.tolist()) == (4, [2, 0])
     assert np.any(after.carry["forward"]["c"] != before.carry["forward"]["c"])
-    assert step._cache_size() == 1
+    assert step.jitted._cache_size() == 1
 
 
 class Root:
@@ -302,7 +302,7 @@ def learn(cell, steps: int) -> list[float]:
     for number in range(steps):
         state, metrics = step(state, batch)
         numbers += [float(metrics["loss"])] + [float(metrics["gradient_norm"])] * (number == 0)
-    assert step._cache_size() == 1
+    assert step.jitted._cache_size() == 1
     return numbers
 
 

@@ -2,11 +2,10 @@
 
     docstring_package     which of nine packages a docstring belongs to. Split by module: in each package whole modules
                           go to train, dev or test, so that no text of a module is on two sides.
-    docstring_same        whether two docstrings belong to the same package, in whatever order. Split as
+    docstring_pair        whether a docstring belongs to a package, whose name is the first text. Split as
                           docstring_package.
     docstring_signature   which of four first sentences belongs to a function's signature; the others are of functions
-                          of the same package. Split by package, and so are the next three.
-    docstring_pair        whether a first sentence belongs to a signature; half of them are another function's.
+                          of the same package. Split by package, and so are the next two.
     docstring_span        where in four such sentences, written one after the other, the signature's own stands.
     docstring_names       which words of a docstring name a parameter of its function, which is not shown.
 
@@ -28,7 +27,7 @@ from plm.data.examples import COPIED_WORDS, words
 from plm.data.sources import TASK_PACKAGES, PythonDocumentation, prose
 from plm.data.task_files import Record
 from plm.errors import UserError
-from plm.randomness import stable_hash
+from plm.randomness import generator, stable_hash
 
 SIGNATURE_SPLITS = {"http": "dev", "logging": "dev", "unittest": "test", "xml": "test"}  # all others: train
 NAMES = ("O", "B-NAME")  # tags of docstring_names: a name is one word
@@ -141,22 +140,15 @@ def read_packages(split: str) -> Iterator[Record]:
         yield Record(one.place, {"id": one.place, "text": one.text, "label": one.package})
 
 
-def read_same(split: str) -> Iterator[Record]:
-    """docstring_same: id, first, second (their first sentences), label (yes or no).
-
-    Each docstring is the first one once; half of the seconds are of its package, half of others.
-    """
-    every = list(_of_packages(split))
-    for package in dict.fromkeys(one.package for one in every):
-        own = [one for one in every if one.package == package]
-        others = [one for one in every if one.package != package]
-        ranked = sorted(own, key=lambda one: stable_hash("same", one.place, bits=64))
-        for number, one in enumerate(ranked):
-            same = number % 2 == 0 and len(own) > 1
-            candidates = [other for other in own if other is not one] if same else others
-            second = candidates[stable_hash("second", one.place, bits=64) % len(candidates)]
-            values = {"id": one.place, "first": one.sentences[0], "second": second.sentences[0]}
-            yield Record(one.place, values | {"label": "yes" if same else "no"})
+def read_pairs(split: str) -> Iterator[Record]:
+    """docstring_pair: id, package, text, label (yes or no); each docstring once with its own package and once with
+    another."""
+    for one in _of_packages(split):
+        others = [package for package in TASK_PACKAGES if package != one.package]
+        other = others[stable_hash("pair", one.place) % len(others)]
+        for label, package in (("yes", one.package), ("no", other)):
+            values = {"id": f"{one.place}/{package}", "package": package, "text": one.text, "label": label}
+            yield Record(one.place, values)
 
 
 def _functions(split: str) -> Iterator[list[Docstring]]:
@@ -170,8 +162,8 @@ def _functions(split: str) -> Iterator[list[Docstring]]:
 
 def _choices(one: Docstring, functions: list[Docstring]) -> tuple[list[str], int]:
     """Four first sentences, and the place of the function's own."""
-    others = sorted(functions, key=lambda other: stable_hash(one.place, other.place, bits=64))
-    choices = [other.sentences[0] for other in others if other is not one][: CHOICES - 1]
+    drawn = generator("choices", one.place).choice(len(functions), size=min(CHOICES, len(functions)), replace=False)
+    choices = [functions[i].sentences[0] for i in drawn if functions[i] is not one][: CHOICES - 1]
     right = stable_hash("right", one.place) % CHOICES
     choices.insert(right, one.sentences[0])
     return choices, right
@@ -183,20 +175,6 @@ def read_signatures(split: str) -> Iterator[Record]:
         for one in functions:
             choices, right = _choices(one, functions)
             values = {"id": one.place, "context": one.signature, "choices": choices, "label": str(right)}
-            yield Record(one.place, values)
-
-
-def read_pairs(split: str) -> Iterator[Record]:
-    """docstring_pair: id, signature, sentence, label (yes or no)."""
-    for functions in _functions(split):
-        # Every second one by the hash of its place, so that exactly half are right and no sentence tells by itself.
-        ranked = sorted(functions, key=lambda one: stable_hash("pair", one.place, bits=64))
-        right = {one.place for one in ranked[::2]}
-        for one in functions:
-            choices, own = _choices(one, functions)
-            place = own if one.place in right else (own + 1) % CHOICES
-            label = "yes" if place == own else "no"
-            values = {"id": one.place, "signature": one.signature, "sentence": choices[place], "label": label}
             yield Record(one.place, values)
 
 

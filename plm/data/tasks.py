@@ -206,9 +206,8 @@ TASKS: dict[str, Task] = {
                    ("sentence1", "sentence2"), reader="mclwic", id="id", spans=_PLACES),
         ), ("F", "T"), submission="mclwic"),
         _embedded("docstring_package", "single", ("accuracy", "f1_macro"), ("text",), labels=sources.TASK_PACKAGES),
-        _embedded("docstring_same", "pair", ("accuracy",), ("first", "second"), labels=("no", "yes")),
         _embedded("docstring_signature", "choice", ("accuracy",), ("context",), choices=("choices",)),
-        _embedded("docstring_pair", "pair", ("accuracy",), ("signature", "sentence"), labels=("no", "yes")),
+        _embedded("docstring_pair", "pair", ("accuracy",), ("package", "text"), labels=("no", "yes")),
         _embedded("docstring_span", "span", ("f1", "exact_match"), ("question", "context"), label="answers"),
         _embedded("docstring_names", "tagging", ("entity_f1", "accuracy"), ("words",), label="tags",
                   labels=docstrings.NAMES),
@@ -325,7 +324,6 @@ READERS: dict[str, Callable[[str, Layout], Iterator[Record]]] = {
 }
 EMBEDDED = {
     "docstring_package": docstrings.read_packages,
-    "docstring_same": docstrings.read_same,
     "docstring_signature": docstrings.read_signatures,
     "docstring_pair": docstrings.read_pairs,
     "docstring_span": docstrings.read_spans,

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from html import escape
 from string import Template
 
-from plm.reporting import plots, tables, transfer
+from plm.reporting import plots, statements, study_tables, tables, transfer
 from plm.reporting.plots import Figure
 from plm.reporting.runs import Arm, Run, arms
 from plm.reporting.statistics import Summary
+from plm.reporting.studies import Results
 from plm.reporting.tables import Table
 
 
@@ -75,28 +76,65 @@ def sections(runs: Sequence[Run]) -> list[Section]:
             [tables.run_table(runs), tables.provenance_table(runs), tables.settings_table(every)],
         )
     )
-    for section in result:
-        section.blocks = [block for block in section.blocks if block]
-        section.anchor = re.sub(r"\W+", "-", section.title.lower()).strip("-")
-    return [section for section in result if section.blocks or section.intro]
+    return _kept(result)
 
 
 @dataclass
 class Part:
-    """The runs of one corpus and their sections."""
+    """The runs of one corpus and their sections. mark: begins the names of its files."""
 
     runs: Sequence[Run]
     heading: str
     sections: list[Section]
+    mark: str = ""
 
 
-def prepare(groups: Sequence[Sequence[Run]]) -> list[Part]:
-    """Draws every figure and fills every table, once for all outputs."""
-    parts = []
+def of_studies(all_results: Sequence[Results], runs: Sequence[Run]) -> Part:
+    """The studies first, then what their runs are. runs: those on tasks, which are cells of them."""
+    found = [Section("Claims", CLAIMS, [study_tables.overview(all_results)])] if len(all_results) > 1 else []
+    for results in all_results:
+        study = results.study
+        section = Section(study.title, f"{study.source}. Budget {study.budget}: {study.about}.")
+        section.blocks = [study_tables.facts_table(study), study_tables.cells_table(results)]
+        section.blocks.append(study_tables.claims_table(results))
+        for number, drawing in enumerate(study.drawings):
+            name = f"{study_tables.identifier(study)}_{drawing.group}_{number}"
+            section.blocks.append(plots.study_figure(results, drawing, name))
+        section.blocks += study_tables.curve_tables(results)
+        found.append(section)
+    if runs:
+        listed = [tables.run_table(runs), tables.provenance_table(runs)]
+        for table in listed:
+            table.name, table.folded = f"task_{table.name}", True
+        found.append(Section("Runs on tasks", "Every started run is listed, failures too.", listed))
+    return Part(runs, "Studies", _kept(found))
+
+
+def _kept(found: Sequence[Section]) -> list[Section]:
+    """Those that hold something, with names to go to."""
+    for section in found:
+        section.blocks = [block for block in section.blocks if block]
+        section.anchor = re.sub(r"\W+", "-", section.title.lower()).strip("-")
+    return [section for section in found if section.blocks or section.intro]
+
+
+def prepare(
+    groups: Sequence[Sequence[Run]], all_results: Sequence[Results] = (), on_tasks: Sequence[Run] = ()
+) -> list[Part]:
+    """Draws every figure and fills every table, once for all outputs.
+
+    groups: runs that may share tables; all_results: of studies; on_tasks: runs that are nothing but cells of them.
+    """
+    parts = [of_studies(all_results, on_tasks)] if all_results else []
     for number, runs in enumerate(groups, 1):
         name = next((run.get("corpus", "source") for run in runs if run.corpus), "unknown source")
         fingerprint = next((run.corpus for run in runs if run.corpus), "unknown")
-        parts.append(Part(runs, f"Corpus {number}: {name} (fingerprint {fingerprint})", sections(runs)))
+        mark = f"corpus{number}_" if len(groups) > 1 else ""
+        parts.append(Part(runs, f"Corpus {number}: {name} (fingerprint {fingerprint})", sections(runs), mark))
+    everything = [run for part in parts for run in part.runs]
+    statement = Section("Reproducibility", statements.reproducibility(everything, [r.study for r in all_results]))
+    statement.blocks = [statements.data_card(everything)]
+    parts[-1].sections += _kept([statement])
     return parts
 
 
@@ -140,15 +178,19 @@ def markdown(parts: Sequence[Part]) -> str:
 
 
 def files(parts: Sequence[Part], kinds: Sequence[str]) -> dict[str, str]:
-    """File name -> text: `<table>.csv` for each table, `<figure>.svg` for each figure; several corpora get a number."""
+    """File name -> text: `<table>.csv` and `<table>.tex` for each table, `<figure>.svg` for each figure; of several
+    corpora those of each get its number."""
     result = {}
-    for number, part in enumerate(parts, 1):
-        mark = f"corpus{number}_" if len(parts) > 1 else ""
+    for part in parts:
+        mark = part.mark
         for block in (block for section in part.sections for block in section.blocks):
-            if isinstance(block, Table) and "csv" in kinds:
-                target = io.StringIO()
-                csv.writer(target, lineterminator="\n").writerows(block.csv_rows())
-                result[f"{mark}{block.name}.csv"] = target.getvalue()
+            if isinstance(block, Table):
+                if "csv" in kinds:
+                    target = io.StringIO()
+                    csv.writer(target, lineterminator="\n").writerows(block.csv_rows())
+                    result[f"{mark}{block.name}.csv"] = target.getvalue()
+                if "tex" in kinds:
+                    result[f"{mark}{block.name}.tex"] = block.latex()
             elif isinstance(block, Figure) and "svg" in kinds:
                 result[f"{mark}{block.name}.svg"] = plots.standalone(block.svg)
     return result
@@ -187,8 +229,9 @@ def _table(table: Table) -> str:
     def cell(i: int, value) -> str:
         column = table.columns[i]
         text = escape(column.text(value)[: column.at_most])
-        if isinstance(value, Summary) and value.n > 1:
-            text += f'<span class="values">{escape(column.detail(value))}</span>'
+        detail = escape(column.detail(value)) if isinstance(value, Summary) and value.n > 1 else ""
+        if detail:
+            text = f'<span tabindex="0" title="{detail}">{text}</span><span class="values">{detail}</span>'
         if i == 0:
             return f'<th scope="row">{text}</th>'
         length = len(text) if isinstance(value, str) else 0
@@ -201,11 +244,14 @@ def _table(table: Table) -> str:
         muted = ' class="muted"' if number in table.muted else ""
         rows.append(f"<tr{muted}>{''.join(cell(i, value) for i, value in enumerate(row))}</tr>")
     note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
-    return (
-        f'<p class="caption">{escape(table.title)}</p>'
-        f'<div class="table"><table aria-label="{escape(table.title)}">'
+    kind = ' class="compact"' if table.compact else ""
+    body = (
+        f'<div class="table"><table{kind} aria-label="{escape(table.title)}">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{note}"
     )
+    if table.folded:
+        return f'<details><summary class="caption">{escape(table.title)}</summary>{body}</details>'
+    return f'<p class="caption">{escape(table.title)}</p>{body}'
 
 
 def _cards(panels: Sequence[tables.Panel]) -> str:
@@ -272,6 +318,11 @@ def _examples(every: Sequence[Arm]) -> str:
     return ""
 
 
+CLAIMS = (
+    "A verdict needs five pretraining runs: reproduced or reversed where the 95% interval leaves 0 out, equivalent "
+    "where the 90% interval lies inside the smallest effect of interest, else inconclusive. Rest the pointer on a mean "
+    "to see every seed."
+)
 NUMBER, LONG, SHORT = ' class="number"', ' class="long"', ' class="short"'
 
 PAGE = Template("""<!doctype html>
@@ -338,6 +389,8 @@ td.number + td:not(.number), th.number + th:not(.number) { padding-left: 1rem; }
 .unit { color: var(--faint); font-weight: 400; font-size: .8rem; }
 .values { display: block; color: var(--faint); font-size: .75rem; white-space: normal;
   min-width: 8rem; max-width: 15rem; margin-left: auto; }
+.compact .values { display: none; }
+summary { cursor: pointer; }
 .muted th, .muted td { color: var(--faint); font-weight: 400; font-style: italic; }
 .short { white-space: nowrap; }
 .long { min-width: 16rem; overflow-wrap: anywhere; }
@@ -355,6 +408,7 @@ mark { background: var(--mark); color: inherit; padding: 0 .12em; border-radius:
   th, td, .number, .short { white-space: normal; padding-left: .2rem; padding-right: .2rem; }
   tbody th { min-width: 5rem; }
   .values, .long { min-width: 0; }
+  .compact .values { display: block; }
   .card, .sample { border: 1px solid var(--grid); }
   mark { text-decoration: underline; }
 }

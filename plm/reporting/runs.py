@@ -251,6 +251,17 @@ def find(directories: Sequence[str]) -> list[Run]:
     return list(found.values())
 
 
+def elsewhere(places: Sequence[str]) -> list[Run]:
+    """The runs of these folders, as far as they are there: pretraining that several sweeps share lies beside them."""
+    found = []
+    for place in places:
+        folder = epath.Path(place)
+        names = {child.name for child in folder.iterdir()} if folder.is_dir() else set()
+        if names.intersection(MARKS):
+            found.append(read(folder, names))
+    return found
+
+
 def read(folder: epath.Path, names: set[str]) -> Run:
     """One workdir; whatever cannot be read becomes a line in `problems`."""
     run = Run(str(folder))

@@ -176,15 +176,10 @@ class Verdict:
     seeds: int | None = None
 
     def text(self) -> str:
-        if self.word != "inconclusive":
-            return self.word
         if self.seeds is None:
-            return "inconclusive"
-        return (
-            f"inconclusive (about {self.seeds:,} seeds)"
-            if self.seeds < MOST_SEEDS
-            else "inconclusive (1,000 or more seeds)"
-        )
+            return self.word
+        about = f"about {self.seeds:,}" if self.seeds < MOST_SEEDS else f"{MOST_SEEDS:,} or more"
+        return f"{self.word} (would need {about} seeds)"
 
 
 def verdict(found: Contrast, smallest: float) -> Verdict:

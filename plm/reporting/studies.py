@@ -61,14 +61,17 @@ class Column:
 class Claim:
     """A linear contrast of cells that is above 0 if what the paper says is so here.
 
-    name: of the claim in docs/claims.md; terms: (row, column, weight); effect: the paper's, in the columns' unit, None
-    where it gives no number.
+    name: as docs/ablations.md lists them; terms: (row, column, weight); effect: the paper's, in the columns' unit, None
+    where it gives no number. standardised: each column is divided by its deviation over all runs of the arms that are
+    no controls, so that columns of any spread add. family: claims that are tested together (Holm).
     """
 
     name: str
     text: str
     terms: tuple[tuple[str, str, float], ...]
     effect: float | None = None
+    standardised: bool = False
+    family: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,16 +91,20 @@ class Drawing:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A run of a cell: the point's name, or after reading its folder."""
+    """A run of a cell. place: the point's name, or after reading its folder; metric: of this row, where it is another
+    than the column's."""
 
     place: str
     seed: int
     head: int = 0
+    metric: str = ""
 
 
 @dataclasses.dataclass
 class Study:
-    """name: of the experiment file; source: of the paper's table; budget: its name, and what it is in a sentence."""
+    """name: of the experiment file; source: of the paper's table; budget: its name; about: what that is in a sentence;
+    facts: a table of words beside the numbers, heading first; command: what made the sweep; models: the points that
+    others start from, after reading their folders."""
 
     name: str
     title: str
@@ -109,11 +116,14 @@ class Study:
     claims: list[Claim] = dataclasses.field(default_factory=list)
     drawings: list[Drawing] = dataclasses.field(default_factory=list)
     paper: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    facts: list[list[str]] = dataclasses.field(default_factory=list)
+    command: str = ""
+    models: list[str] = dataclasses.field(default_factory=list)
     cells: dict[tuple[str, str], list[Cell]] = dataclasses.field(default_factory=dict)
 
-    def cell(self, row: str, column: str, point: str, seed: int, head: int = 0) -> None:
+    def cell(self, row: str, column: str, point: str, seed: int, head: int = 0, metric: str = "") -> None:
         """Notes that a point is a run of the cell."""
-        self.cells.setdefault((row, column), []).append(Cell(point, seed, head))
+        self.cells.setdefault((row, column), []).append(Cell(point, seed, head, metric))
 
     def column(self, name: str) -> Column:
         return next(column for column in self.columns if column.name == name)
@@ -141,10 +151,11 @@ class Study:
         for name in ("rows", "columns", "claims", "drawings"):
             values[name] = [dataclasses.asdict(one) for one in values[name]]
         values["cells"] = [
-            {"row": row, "column": column, "place": place(cell.place), "seed": cell.seed, "head": cell.head}
+            {"row": row, "column": column, **dataclasses.asdict(cell), "place": place(cell.place)}
             for (row, column), own in self.cells.items()
             for cell in own
         ]
+        values["models"] = [place(model) for model in self.models]
         return values
 
 
@@ -170,6 +181,10 @@ def trend(rows_and_columns: Sequence[tuple[str, str]], xs: Sequence[float]) -> t
 def read(folder: epath.PathLike) -> Study:
     """What `record` wrote; places of cells are folders. Errors: UserError for a file that holds no study."""
     folder = epath.Path(folder)
+
+    def place(written: str) -> str:
+        return written if "://" in written else os.path.normpath(folder / written)
+
     try:
         values = json.loads((folder / FILE).read_text())
         study = Study(**{key: value for key, value in values.items() if key in _PLAIN})
@@ -178,14 +193,14 @@ def read(folder: epath.PathLike) -> Study:
         study.claims = [Claim(**{**one, "terms": tuple(map(tuple, one["terms"]))}) for one in values["claims"]]
         study.drawings = [Drawing(**one) for one in values["drawings"]]
         for one in values["cells"]:
-            place = one["place"] if "://" in one["place"] else os.path.normpath(folder / one["place"])
-            study.cell(one["row"], one["column"], str(place), one["seed"], one["head"])
+            study.cell(one["row"], one["column"], place(one["place"]), one["seed"], one["head"], one["metric"])
+        study.models = [place(model) for model in values["models"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder / FILE} holds no study ({type(error).__name__}: {error})") from None
     return study
 
 
-_PLAIN = ("name", "title", "source", "budget", "about", "paper")
+_PLAIN = ("name", "title", "source", "budget", "about", "paper", "facts", "command")
 
 
 def is_selection(split: Any) -> bool:
@@ -217,6 +232,8 @@ class Results:
         }
 
     def _value(self, cell: Cell, column: Column) -> Value | None:
+        if cell.metric:
+            column = dataclasses.replace(column, metric=cell.metric)
         rows = [row for row in self._read(cell.place) if _fits(row, column)]
         if not rows:
             return None

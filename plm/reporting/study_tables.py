@@ -11,6 +11,7 @@ from plm.reporting.statistics import (
     Summary,
     Term,
     contrast,
+    holm,
     smallest_p,
     summarise,
     verdict,
@@ -56,7 +57,7 @@ def cells_table(results: Results) -> Table | None:
             muted.add(number)
     note = [_measured(study), _seeds(results), _missing(results)]
     title = f"{study.title}: ours at budget {study.budget}, and the paper's"
-    table = Table(f"{identifier(study)}_cells", title, columns, rows, " ".join(filter(None, note)), muted)
+    table = Table(f"{identifier(study)}_cells", title, columns, rows, " ".join(filter(None, note)), muted, compact=True)
     return table.without_empty_columns()
 
 
@@ -73,7 +74,8 @@ def curve_tables(results: Results) -> list[Table]:
         if rows:
             columns = [Column("arm"), *(Column(c.label, c.unit, f".{c.digits}f") for c in own)]
             note = " ".join(filter(None, [_seeds(results), _missing(results)]))
-            tables.append(Table(f"{identifier(study)}_{drawing.group}", drawing.title, columns, rows, note))
+            name = f"{identifier(study)}_{drawing.group}"
+            tables.append(Table(name, drawing.title, columns, rows, note, compact=True))
     return tables
 
 
@@ -82,47 +84,72 @@ def claims_table(results: Results) -> Table | None:
     study = results.study
     if not study.claims:
         return None
+    found = [measure(results, claim) for claim in study.claims]
+    adjusted = _adjusted(study.claims, found)
     rows = []
-    for claim in study.claims:
-        found = measure(results, claim)
-        smallest = smallest_effect(study, claim)
-        if found is None:
-            rows.append([claim.name, claim.text, claim.effect, None, None, None, None, smallest, "not measured yet"])
+    for claim, one, together in zip(study.claims, found, adjusted, strict=True):
+        smallest = smallest_effect(results, claim)
+        unit = "standard deviations" if claim.standardised else study.column(claim.terms[0][1]).unit or "its unit"
+        row = [claim.name, claim.text, claim.effect]
+        if one is None:
+            rows.append([*row, None, None, unit, None, None, None, smallest, "not measured yet"])
             continue
-        interval = None
-        if found.interval is not None:
-            interval = " to ".join(_signed(value) for value in found.interval)
-        word = verdict(found, smallest).text()
-        n = len(found.by_seed)
-        by_seed = summarise(found.by_seed)
-        rows.append([claim.name, claim.text, claim.effect, by_seed, interval, n, found.p, smallest, word])
+        interval = None if one.interval is None else " to ".join(_signed(value) for value in one.interval)
+        ours, n, word = summarise(one.by_seed), len(one.by_seed), verdict(one, smallest).text()
+        rows.append([*row, ours, interval, unit, n, one.p, together, smallest, word])
     columns = [
         Column("claim"),
         Column("what is said"),
-        Column("paper", "points", _signed),
-        Column("ours", "points", _signed),
+        Column("paper", "", _signed),
+        Column("ours", "", _signed),
         Column("95% interval"),
+        Column("in"),
         Column("pretraining runs", "", ".0f"),
         Column("sign-flip p", "", ".3f"),
-        Column("smallest effect of interest", "points", "g"),
+        Column("p, Holm", "", ".3f"),
+        Column("smallest effect of interest", "", ".2g"),
         Column("verdict"),
     ]
     title = f"{study.title}: what it claims, and what these runs say"
-    return Table(f"{identifier(study)}_claims", title, columns, rows, _how(results)).without_empty_columns()
+    table = Table(f"{identifier(study)}_claims", title, columns, rows, _how(results), compact=True)
+    return table.without_empty_columns()
+
+
+def _adjusted(claims: Sequence[Claim], found: Sequence[Contrast | None]) -> list[float | None]:
+    """Holm's p of each claim among those of its family that are measured."""
+    adjusted: list[float | None] = [None] * len(claims)
+    for family in dict.fromkeys(claim.family for claim in claims if claim.family):
+        own = [i for i, claim in enumerate(claims) if claim.family == family and found[i] is not None]
+        for index, p in zip(own, holm([found[i].p for i in own]), strict=True):
+            adjusted[index] = p
+    return adjusted
+
+
+def facts_table(study: Study) -> Table | None:
+    """The study's table of words."""
+    if not study.facts:
+        return None
+    heading, *rows = study.facts
+    return Table(f"{identifier(study)}_facts", "What each is", [Column(name) for name in heading], rows)
 
 
 def _signed(value: float) -> str:
     return f"{value:+.1f}" if abs(value) >= 0.05 or value == 0 else f"{value:+.2f}"
 
 
-def smallest_effect(study: Study, claim: Claim) -> float:
-    """Of the columns that the claim is about."""
-    return float(np.mean([study.column(column).smallest for _, column, _ in claim.terms]))
+def smallest_effect(results: Results, claim: Claim) -> float:
+    """Of the columns that the claim is about, in the claim's own unit."""
+    smallest = []
+    for _, column, _ in claim.terms:
+        scale = _deviation(results, column) if claim.standardised else 1.0
+        smallest.append(results.study.column(column).smallest / scale)
+    return float(np.mean(smallest))
 
 
 def measure(results: Results, claim: Claim) -> Contrast | None:
     """Over the pretraining runs that all cells of the claim have; None where there is none."""
-    cells = [(results.by_seed(row, column), weight, column) for row, column, weight in claim.terms]
+    scale = {column: _deviation(results, column) if claim.standardised else 1.0 for _, column, _ in claim.terms}
+    cells = [(results.by_seed(row, column), weight / scale[column], column) for row, column, weight in claim.terms]
     seeds = sorted(set.intersection(*(set(by_seed) for by_seed, _, _ in cells)))
     if not seeds:
         return None
@@ -136,6 +163,12 @@ def measure(results: Results, claim: Claim) -> Contrast | None:
         factor = results.study.column(column).factor
         terms.append(Term(weight, values, counts, sets.pop() if counted else 0, factor))
     return contrast(terms)
+
+
+def _deviation(results: Results, column: str) -> float:
+    """Of a column over the runs of all arms that are no controls."""
+    values = [value for row in results.study.rows if not row.control for value in results.means(row.name, column)]
+    return max(float(np.std(values, ddof=1)) if len(values) > 1 else 1.0, 1e-9)
 
 
 def _measured(study: Study) -> str:
@@ -185,7 +218,7 @@ def overview(all_results: Sequence[Results]) -> Table | None:
         study = results.study
         for claim in study.claims:
             found = measure(results, claim)
-            word = "not measured yet" if found is None else verdict(found, smallest_effect(study, claim)).text()
+            word = "not measured yet" if found is None else verdict(found, smallest_effect(results, claim)).text()
             ours = None if found is None else summarise(found.by_seed)
             n = None if found is None else len(found.by_seed)
             rows.append([claim.name, study.title, claim.text, study.budget, claim.effect, ours, n, word])
@@ -196,8 +229,8 @@ def overview(all_results: Sequence[Results]) -> Table | None:
         Column("table"),
         Column("what is said"),
         Column("budget"),
-        Column("paper", "points", _signed),
-        Column("ours", "points", _signed),
+        Column("paper", "", _signed),
+        Column("ours", "", _signed),
         Column("pretraining runs", "", ".0f"),
         Column("verdict"),
     ]

@@ -60,7 +60,10 @@ class Column:
 
 @dataclass
 class Table:
-    """Rows of raw values under columns; `title` says what is seen, `note` what to know when reading it."""
+    """Rows of raw values under columns; `title` says what is seen, `note` what to know when reading it.
+
+    compact: the values behind a mean are shown where the pointer rests, not below it. folded: shown when it is opened.
+    """
 
     name: str
     title: str
@@ -68,6 +71,8 @@ class Table:
     rows: list[list[Any]]
     note: str = ""
     muted: set[int] = field(default_factory=set)  # rows that are baselines, not models
+    compact: bool = False
+    folded: bool = False
 
     def without_empty_columns(self) -> "Table":
         keep = [i for i in range(len(self.columns)) if i == 0 or any(row[i] is not None for row in self.rows)]
@@ -90,6 +95,26 @@ class Table:
         for row in self.rows:
             lines.append("| " + " | ".join(cell(c, v) for c, v in zip(self.columns, row, strict=True)) + " |")
         return "\n".join([*lines, *(["", self.note] if self.note else [])]) + "\n"
+
+    def latex(self) -> str:
+        """A `tabular` with booktabs' rules; mean and deviation of a cell as $a \\pm b$."""
+
+        def escape(text: str) -> str:
+            return "".join(_LATEX.get(letter, letter) for letter in text)
+
+        def cell(column: Column, value: Any) -> str:
+            if isinstance(value, Summary):
+                spread = f" \\pm {column.number(value.sd)}" if value.sd else ""
+                return f"${column.number(value.mean)}{spread}$".replace("−", "-")
+            return escape(column.text(value))
+
+        sides = "".join("r" if self.is_numeric(i) else "l" for i in range(len(self.columns)))
+        lines = [f"% {self.title}", rf"\begin{{tabular}}{{{sides}}}", r"\toprule"]
+        lines += [" & ".join(escape(column.heading) for column in self.columns) + r" \\", r"\midrule"]
+        for row in self.rows:
+            lines.append(" & ".join(cell(c, v) for c, v in zip(self.columns, row, strict=True)) + r" \\")
+        lines += [r"\bottomrule", r"\end{tabular}", *([f"% {self.note}"] if self.note else [])]
+        return "\n".join(lines) + "\n"
 
     def csv_rows(self) -> list[list[Any]]:
         """Heading and rows at full precision; a column with means over seeds gets sd, n and values beside it."""
@@ -115,6 +140,11 @@ class Table:
     def is_numeric(self, column: int) -> bool:
         values = [row[column] for row in self.rows if row[column] is not None]
         return bool(values) and all(isinstance(v, int | float | Summary) and not isinstance(v, bool) for v in values)
+
+
+_LATEX = {letter: f"\\{letter}" for letter in "&%$#_{}"}
+_LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+_LATEX |= {"−": "$-$", "—": "---", "×": r"$\times$", "†": r"$\dagger$", "λ": r"$\lambda$", "…": r"\dots{}"}
 
 
 def duration(seconds: float) -> str:

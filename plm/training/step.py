@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -96,7 +97,7 @@ def make_train_step(
     microbatches: int = 1,
     seed: int = 0,
     shardings: Any = None,
-) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+) -> "TrainStep":
     """`step(state, batch) -> (state, metrics)`, jitted, the state donated.
 
     bind(params) gives the model: `outputs, carry = model(batch, carry, key)` and `model.heads[objective name]`.
@@ -111,7 +112,7 @@ def make_train_step(
     gradient = jax.value_and_grad(loss, has_aux=True)
     together = math.lcm(*(getattr(objective, "rows_per_example", 1) for objective in objectives))
 
-    def step(state: TrainState, batch: dict):
+    def step(state: TrainState, batch: dict, seed: jax.Array):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         weights = all_weights(objectives, batch)
         if microbatches == 1:
@@ -159,7 +160,24 @@ def make_train_step(
         }
         return TrainState(state.step + 1, params, opt, carry, skipped), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+    return TrainStep(jitted, np.uint32(seed % 2**32))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """`step(state, batch) -> (state, metrics)`. The seed is an argument of the program and no part of it, so that runs
+    that differ in nothing else share a compiled one."""
+
+    jitted: Any
+    seed: np.uint32
+
+    def __call__(self, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        return self.jitted(state, batch, self.seed)
+
+    def lower(self, state, batch):
+        """As of a jitted function."""
+        return self.jitted.lower(state, batch, self.seed)
 
 
 def make_eval_step(bind: Callable, objectives: Sequence, *, everywhere: Any = None) -> Callable:

@@ -139,7 +139,7 @@ class Step:
         loss = float(self._call()["loss"])
         if not np.isfinite(loss):
             raise RuntimeError(f"{self.name}: the loss is {loss}")
-        compiles = self.train._cache_size()
+        compiles = self.train.jitted._cache_size()
         compiled = self.train.lower(self.state, self.batches[0]).compile()
         largest, shape = largest_array(compiled.as_text())
         clock, _ = self.host_seconds()

@@ -1,0 +1,170 @@
+"""The comparison that the three papers never made: same text, same size of body, same updates; what does each kind of
+pretraining buy (docs/protocol.md)?
+
+    python -m launch.sweep --config=experiments/ablations/between_models.py:tiny --root=runs/models
+    python -m launch.sweep --config=experiments/ablations/between_models.py:tiny,arm=native --root=runs/native
+    python -m plm.report runs/models
+
+| budget | points | hardware, time | expected |
+| --- | --- | --- | --- |
+| tiny | 35 pretraining, 375 on tasks, 35 measured | 2 CPU cores, 3 hours | docs/ablations.md |
+| tiny, arm=native | 15 pretraining, 195 on tasks, 15 measured | 2 CPU cores, an hour | docs/ablations.md |
+| small | 35 pretraining, 1125 on tasks, 35 measured | one accelerator, a day | not measured yet |
+
+`arm=controlled` (protocol 3): {Transformer, LSTM} x {left to right, two towers, masked} on identical ids, and ELMo's
+characters in place of the input table; equal passes over the text. `arm=native` (protocol 4): ELMo, GPT and BERT with
+their own vocabularies and objectives; never on one axis with the others. Every model goes to the tasks by three routes
+(protocol 9): a linear output on the frozen mix of its layers, a BiLSTM on it, and all of it tuned. Controls (protocol
+13): the same from random values, frozen and tuned; word2vec on the same text. The four primary contrasts are on the
+mean of the columns on tasks, each divided by its deviation; all other comparisons are exploratory.
+"""
+
+from experiments.ablations.common import Column, Maker, Quantity
+from plm.reporting.studies import difference
+
+QUANTITIES = (
+    Quantity("single", "SST-2", "single", paper="sst2", small="sst2"),
+    Quantity("pair", "NLI", "pair", paper="snli", small="snli"),
+    Quantity("tagging", "tags", "tagging", paper="ud_ewt", small="ud_ewt"),
+)
+ROUTES = (("probe", "frozen, linear"), ("features", "frozen, BiLSTM"), ("full", "tuned"))
+CONTROLLED = {  # row -> label, arguments of compare.py
+    "transformer-causal": ("Transformer, left to right (GPT)", "architecture=transformer,objective=causal"),
+    "transformer-bidirectional": ("Transformer, two towers", "architecture=transformer,objective=bidirectional"),
+    "transformer-masked": ("Transformer, masked (BERT)", "architecture=transformer,objective=masked"),
+    "lstm-causal": ("LSTM, left to right", "architecture=lstm,objective=causal"),
+    "lstm-bidirectional": ("LSTM, two towers (ELMo)", "architecture=lstm,objective=bidirectional"),
+    "lstm-masked": ("LSTM, masked", "architecture=lstm,objective=masked"),
+    "lstm-bidirectional-characters": (
+        "LSTM, two towers, characters (ELMo)",
+        "architecture=lstm,objective=bidirectional,input=characters",
+    ),
+}
+NATIVE = {"elmo": "ELMo", "gpt": "GPT", "bert": "BERT"}
+FACTS = [
+    ["", "static vectors", "ELMo", "GPT", "BERT"],
+    ["a word's vector depends on", "the word", "its whole sentence, each direction by itself", "what is left of it",
+     "its whole text, both sides at once"],
+    ["reads", "-", "left to right and right to left, two towers", "left to right", "both sides in every layer"],
+    ["feature extractor", "a table", "2 LSTM layers of 4,096 cells, projected to 512", "12 Transformer layers x 768",
+     "12 or 24 Transformer layers x 768 or 1,024"],
+    ["objective", "neighbours in a window (word2vec), or co-occurrence (GloVe)", "next word, in both directions",
+     "next piece", "15% of the pieces, from both sides; whether two texts follow each other"],
+    ["input", "words, those of a list", "characters of words", "BPE pieces", "WordPieces, two segments"],
+    ["transfers by", "a frozen or tuned input", "frozen: a learned mix of its layers is a task model's input",
+     "tuned: start, delimiter and classify tokens, one linear output, LM beside it",
+     "tuned: [CLS] or every piece, one linear output"],
+    ["strengths", "small, fast, any task model", "no unknown words; cheap to use: one pass, then features",
+     "generates and scores text; every piece is a target", "both sides in every layer: spans and tags"],
+    ["weaknesses", "one vector for all senses of a word", "slow: step by step; directions meet only on top",
+     "sees nothing that follows", "one target in seven pieces; [MASK] is never seen later; no probability of a text"],
+]  # fmt: skip
+
+
+def sweep(add, arguments: str = ""):
+    make = Maker(
+        add,
+        arguments,
+        name="between_models",
+        title="ELMo, GPT and BERT on equal terms",
+        source="not in the papers; docs/protocol.md",
+        rows=(),
+        quantities=QUANTITIES,
+        arm=("controlled", "native"),
+    )
+    make.study.facts, on_tasks = FACTS, make.on_tasks
+    make.study.columns = []
+    routes = {}
+    for on in on_tasks:
+        for way, label in ROUTES:
+            column = make.copy_column(on.column, f"{on.column.name}_{way}", f"{on.column.label}: {label}", {})
+            routes[on.column.name, way] = column
+    scored = list(routes.values())
+    pairs, senses, bits = _measured_columns(make)
+    models = _pretrained(make)
+    for row, model in models.items():
+        suites = "ngrams,samples,pseudo_words,minimal_pairs" if row != "lstm-masked" else "pseudo_words,minimal_pairs"
+        make.measure(f"{row}-measured", model, [f"--suite={suites}"])
+        direction = "mean" if row == "elmo" or "bidirectional" in row else "masked" if _masked(row) else "forward"
+        make.read(row, pairs, model, f"trained/{direction}/all")
+        make.read(row, senses, model)
+        if bits is not None and not _masked(row):
+            make.read(row, bits, model, _bits_metric(row))
+        for on in on_tasks:
+            for way, _ in ROUTES:
+                column = routes[on.column.name, way].name
+                make.finetune(row, on, model, way, column=column, name=f"{row}-{column}")
+    _controls(make, routes, models)
+    if make.given.arm == "native":
+        for better, worse in (("bert", "gpt"), ("gpt", "elmo")):
+            text = f"{NATIVE[better]} is better than {NATIVE[worse]} (X1)"
+            make.claim("X1", text, difference(better, worse, *scored), standardised=True)
+        make.claim("pretraining", "pretrained is better than from scratch", _tuned(routes, "bert"), standardised=True)
+        return make.study
+    primary = {"standardised": True, "family": "primary"}
+    masked, forward, towers = "transformer-masked", "transformer-causal", "transformer-bidirectional"
+    make.claim("primary", "masked - left to right", difference(masked, forward, *scored), **primary)
+    make.claim("primary", "masked - two towers", difference(masked, towers, *scored), **primary)
+    architectures = [
+        (row, column, weight / 3)
+        for objective in ("causal", "bidirectional", "masked")
+        for row, column, weight in difference(f"transformer-{objective}", f"lstm-{objective}", *scored)
+    ]
+    make.claim("primary", "Transformer - LSTM", architectures, **primary)
+    make.claim("primary", "pretrained - scratch", _tuned(routes, masked), **primary)
+    return make.study
+
+
+def _masked(row: str) -> bool:
+    return row == "bert" or row.endswith("masked")
+
+
+def _bits_metric(row: str) -> str:
+    return "bidirectional_forward_bits_per_byte" if "bidirectional" in row else "causal_bits_per_byte"
+
+
+def _measured_columns(make: Maker) -> tuple[Column, Column, Column | None]:
+    """(minimal pairs, senses, bits per byte); the last only where all models share a vocabulary without UNK."""
+    pairs = make.add_column(Column("pairs", "minimal pairs", "minimal_pairs", "", part=""))
+    metric = "trained/nearest_neighbour/layer 2" if make.budget == "tiny" else "trained/nearest_neighbour/layer 8"
+    senses = make.add_column(Column("senses", "senses by pseudo-words, top layer", "pseudo_words", metric, part=""))
+    if make.given.arm == "native":
+        return pairs, senses, None
+    bits = Column(
+        "bits", "bits per byte, left to right", "pretraining", "", part="", unit="", factor=1.0, digits=3,
+        smallest=0.01, lower_is_better=True,
+    )  # fmt: skip
+    return pairs, senses, make.add_column(bits)
+
+
+def _pretrained(make: Maker) -> dict[str, str]:
+    if make.given.arm == "native":
+        for row, label in NATIVE.items():
+            make.row(row, label)
+        return {row: make.pretrain(row, row) for row in NATIVE}
+    size = "tiny" if make.budget == "tiny" else "small"
+    found = {}
+    for row, (label, arguments) in CONTROLLED.items():
+        make.row(row, label)
+        found[row] = make.pretrain(row, "", arguments, file="experiments/compare.py", size=size)
+    return found
+
+
+def _controls(make: Maker, routes: dict, models: dict[str, str]) -> None:
+    """From random values: tuned, and frozen; and word2vec on the same text under the BiLSTM."""
+    row = "bert" if make.given.arm == "native" else "transformer-masked"
+    scratch = make.row("scratch", "from scratch, as the masked Transformer", control=True)
+    static = make.row("word2vec", "word2vec", control=True)
+    text = make.add.given("data.source") or "pydocs#without_tasks"
+    for on in make.on_tasks:
+        for way, _ in ROUTES:
+            column, overrides = routes[on.column.name, way].name, {"init.keep": "nothing"}
+            make.finetune(scratch, on, models[row], way, overrides, column=column, name=f"scratch-{column}")
+        column, head = routes[on.column.name, "features"].name, f"objectives.{on.objective}"
+        vectors = {f"{head}.reads": "vectors", "data.task.vectors": f"word2vec:{text}"}
+        make.finetune(static, on, models[row], "features", vectors, column=column, name=f"word2vec-{column}")
+
+
+def _tuned(routes: dict, row: str):
+    columns = [column for (_, way), column in routes.items() if way == "full"]
+    return difference(row, "scratch", *columns)

@@ -1,0 +1,209 @@
+"""A study finds its cells' numbers, says what is missing, gives verdicts with intervals, and travels in a bundle."""
+
+import json
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from etils import epath
+from test_report import make_run
+
+from plm.errors import UserError
+from plm.reporting import bundle, page, plots, statements, studies, study_tables
+from plm.reporting import runs as report_runs
+from plm.reporting.studies import Claim, Column, Drawing, Results, Row, Study, difference, trend
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SEEDS = range(5)
+
+
+def study_of() -> Study:
+    """Two arms and a control on a task, a curve, and a number of the pretraining runs themselves."""
+    study = Study("mine", "A table of <ours>", "section 1, table 2", "tiny", "two minutes")
+    study.rows = [Row("new", "the new one"), Row("old", "the old one"), Row("random", "by chance", control=True)]
+    score = Column("score", "SST-2", "task", "sst2/accuracy", measured="sst2, accuracy")
+    study.columns = [
+        score,
+        Column("ppl", "perplexity", "pretraining", "masked_perplexity", "", unit="", factor=1.0, lower_is_better=True),
+        *(Column(f"at_{n}", str(n), "task", "sst2/accuracy", group="curve", x=float(n)) for n in (1, 10)),
+    ]
+    study.paper = {"new": {"score": 92.7}, "old": {"score": 90.0}}
+    study.claims = [
+        Claim("C1", "new is better", difference("new", "old", score), 2.7),
+        Claim("C2", "new has less perplexity", difference("new", "old", study.column("ppl"))),
+        Claim("C3", "more is better", trend([("new", "at_1"), ("new", "at_10")], [0, 1])),
+        Claim("C4", "in deviations", difference("new", "old", score), standardised=True, family="primary"),
+    ]
+    study.drawings = [Drawing("curve", "A curve", "updates", paper={"the new one": [(1, 50), (10, 60)]})]
+    study.facts = [["", "new", "old"], ["reads", "both sides", "one"]]
+    study.command = "python -m launch.sweep --config=mine.py"
+    for seed in SEEDS:
+        for row in ("new", "old", "random"):
+            study.cell(row, "score", f"{row}-seed{seed}", seed)
+            study.cell(row, "ppl", f"model-{row}-seed{seed}", seed)
+        study.cell("new", "at_1", f"few-seed{seed}", seed)
+        study.cell("new", "at_10", f"new-seed{seed}", seed)
+        study.models.append(f"model-new-seed{seed}")
+    return study
+
+
+def write_task(folder: Path, right: np.ndarray, seed: int) -> None:
+    """A run on a task as the commands write it: rows of both parts, and what each example counts."""
+    make_run(folder, "bert", steps=20, total=20, corpus=f"task-{seed}", extras=False)
+    config = json.loads((folder / "config.json").read_text())
+    config["data"] |= {"layout": "task"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "predictions").mkdir()
+    rows = [{"suite": "task", "metric": "sst2/accuracy", "split": "dev", "step": 20, "value": 0.1, "predictions": ""}]
+    for split, values in (("dev", right[:5]), ("test", right)):
+        name = f"predictions/sst2-{split}-20.tsv"
+        (folder / name).write_text("index\tprediction\n")
+        counts = {"ids": [f"{split}{i}" for i in range(len(values))], "metrics": {"accuracy": [[v, 1] for v in values]}}
+        (folder / name.replace(".tsv", ".counts.json")).write_text(json.dumps(counts))
+        value = float(np.mean(values))
+        rows.append({"suite": "task", "metric": "sst2/accuracy", "split": split, "step": 20, "n": len(values),
+                     "value": value, "predictions": name})  # fmt: skip
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"torn')
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A finished sweep, its pretraining runs in a folder beside it."""
+    root, shared, study = tmp_path / "root", tmp_path / "shared", study_of()
+    rng = np.random.default_rng(0)
+    workdirs = {}
+    for seed in SEEDS:
+        hard = rng.random(200)
+        for row, share in (("new", 0.85), ("old", 0.7), ("random", 0.5), ("few", 0.6)):
+            workdirs[f"{row}-seed{seed}"] = root / f"{row}-seed{seed}"
+            write_task(root / f"{row}-seed{seed}", (hard < share + 0.01 * rng.standard_normal()).astype(float), seed)
+        for row, perplexity in (("new", 20.0), ("old", 24.0), ("random", 90.0)):
+            folder = make_run(shared / f"model-{row}-seed{seed}", "bert", seed=seed, extras=False)
+            value = perplexity + 0.2 * rng.standard_normal()
+            line = {"suite": "pretraining", "metric": "masked_perplexity", "split": "valid", "step": 600, "n": 9}
+            with (folder / "results.jsonl").open("a") as file:
+                file.write(json.dumps(line | {"value": value}) + "\n")
+            workdirs[f"model-{row}-seed{seed}"] = folder
+    record = study.record({name: epath.Path(path) for name, path in workdirs.items()}, epath.Path(root))
+    (root / "study.json").write_text(json.dumps(record))
+    return root
+
+
+def test_cells_are_found_wherever_their_runs_lie(root):
+    results = Results(studies.read(root))
+    assert results.missing == []
+    assert len(results.means("new", "score")) == 5
+    assert 100 * 0.8 < np.mean(results.means("new", "score")) < 90, "the report part, not what chose or the loop saw"
+    assert results.means("old", "ppl")[0] == pytest.approx(24, abs=1)
+    (value,) = results.by_seed("new", "score")[3]
+    assert value.counts.shape == (200, 2)
+    assert list(studies.find([str(root.parent)])) == [str(root)]
+
+
+def test_verdicts_with_intervals(root):
+    table = study_tables.claims_table(Results(studies.read(root)))
+    by_claim = {row[0]: dict(zip([c.name for c in table.columns], row, strict=True)) for row in table.rows}
+    first = by_claim["C1"]
+    assert first["verdict"] == by_claim["C2"]["verdict"] == by_claim["C3"]["verdict"] == "reproduced"
+    assert first["paper"] == 2.7
+    assert first["ours"].mean == pytest.approx(15, abs=5)
+    assert first["pretraining runs"] == 5
+    assert first["sign-flip p"] == 0.0625
+    low, high = map(float, first["95% interval"].split(" to "))
+    assert low < first["ours"].mean < high
+    assert by_claim["C2"]["ours"].mean == pytest.approx(4, abs=0.5), "less perplexity is more"
+    assert by_claim["C4"]["in"] == "standard deviations"
+    assert by_claim["C4"]["p, Holm"] == 0.0625
+    assert first["p, Holm"] is None
+    assert "only over runs" in table.note
+    assert "cannot go below p = 0.0625" in table.note
+
+
+def test_ours_beside_the_papers(root):
+    results = Results(studies.read(root))
+    table = study_tables.cells_table(results)
+    assert [column.name for column in table.columns] == ["arm", "SST-2", "SST-2, paper", "perplexity"]
+    assert table.rows[0][2] == 92.7
+    assert table.rows[2][2] is None
+    assert table.muted == {2}
+    assert "SST-2: here sst2, accuracy." in table.note
+    tex = table.latex()
+    assert r"SST-2 (\%)" in tex
+    assert re.search(r"the new one & \$8\d\.\d \\pm \d\.\d\$ & 92\.7", tex)
+    (curve,) = study_tables.curve_tables(results)
+    assert [column.name for column in curve.columns] == ["arm", "1", "10"]
+    figure = plots.study_figure(results, results.study.drawings[0], "x")
+    assert "the paper" in figure.svg
+
+
+def test_an_unfinished_sweep_says_what_is_missing(root):
+    for seed in (1, 2, 3, 4):
+        (root / f"old-seed{seed}" / "results.jsonl").unlink()
+    results = Results(studies.read(root))
+    assert [Path(place).name for place in results.missing] == [f"old-seed{seed}" for seed in (1, 2, 3, 4)]
+    assert "Not there yet: old-seed1, old-seed2, old-seed3, old-seed4." in study_tables.cells_table(results).note
+    claims = study_tables.claims_table(results)
+    verdicts = [row[-1] for row in claims.rows]
+    assert verdicts[0] == "no verdict", "one run is no verdict"
+    for file in root.glob("*/results.jsonl"):
+        file.unlink()
+    claims = study_tables.claims_table(Results(studies.read(root)))
+    assert claims.rows[0][-1] == "not measured yet"
+
+
+def report(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "plm.report", *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+
+def test_the_page_and_its_bundle(root, tmp_path):
+    """The bundle makes the same page elsewhere; one damaged byte is refused."""
+    done = report(root, f"--bundle={tmp_path / 'b.tar'}", "--export=csv,tex,md,svg")
+    assert done.returncode == 0, done.stderr
+    text = (root / "report.html").read_text()
+    assert "A table of &lt;ours&gt;" in text
+    assert "reproduced" in text
+    assert 'title="n = 5: ' in text, "every seed where the pointer rests"
+    assert "Reproducibility" in text
+    assert "15 pretraining runs and 20 runs on tasks were started" in text
+    assert (root / "report_files" / "mine_tiny_claims.csv").exists()
+    assert (root / "report_files" / "mine_tiny_cells.tex").exists()
+    assert "| C1 | new is better |" in (root / "report.md").read_text()
+    with tarfile.open(tmp_path / "b.tar") as archive:
+        names = archive.getnames()
+    assert {"root/study.json", "shared/model-new-seed0/run.json", "SHA256SUMS"} <= set(names)
+    assert "root/new-seed0/predictions/sst2-test-20.counts.json" in names
+    again = report(tmp_path / "b.tar")
+    assert again.returncode == 0, again.stderr
+    rebuilt = (tmp_path / "b.html").read_text()
+    assert re.search(r"<table.*?</table>", rebuilt, re.S)[0] == re.search(r"<table.*?</table>", text, re.S)[0]
+    content = bytearray((tmp_path / "b.tar").read_bytes())
+    content[content.index(b"reads") + 1] ^= 1
+    (tmp_path / "b.tar").write_bytes(content)
+    damaged = report(tmp_path / "b.tar")
+    assert damaged.returncode == 2
+    (line,) = damaged.stderr.splitlines()
+    assert "the bundle is damaged" in line
+
+
+def test_a_file_that_is_no_study_or_no_bundle(tmp_path):
+    (tmp_path / "study.json").write_text("{}")
+    with pytest.raises(UserError, match=r"study\.json holds no study"):
+        studies.read(tmp_path)
+    (tmp_path / "x.tar").write_text("no tar")
+    with pytest.raises(UserError, match="is no bundle"):
+        bundle.unpack(tmp_path / "x.tar", tmp_path)
+
+
+def test_a_statement_counts_what_ran(root):
+    found = report_runs.find([str(root.parent)])
+    text = statements.reproducibility(found, [study_of()])
+    assert text.startswith("15 pretraining runs and 20 runs on tasks were started; 0 failed and 0 are unfinished")
+    assert "python -m launch.sweep --config=mine.py" in text
+    card = statements.data_card(found)
+    assert {row[1] for row in card.rows} == {"pretraining", "a labelled task"}
+    assert page.prepare([found])[-1].sections[-1].title == "Reproducibility"

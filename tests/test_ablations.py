@@ -140,3 +140,34 @@ def test_a_budget_that_needs_files_says_so(monkeypatch):
         sweep.read_points("experiments/ablations/elmo_tasks.py:huge", epath.Path("r"))
     with pytest.raises(UserError, match=r"defines no get_config\(arguments\); python -m launch\.sweep runs it"):
         configs.load(str(Path("experiments/ablations/elmo_tasks.py")) + ":tiny")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", ["small", "paper"])
+def test_what_is_not_run_here_is_planned(budget, monkeypatch):
+    """Every pretraining run of budget small fits one H200 and ends within its eight minutes at 40% of the peak; those
+    of the papers are whole programs, whose memory and time is for a slice to say (test_golden_plans.py)."""
+    from plm.planning import plans, text, topologies
+
+    topology, planned = topologies.describe("gpu:1", "NVIDIA H200"), {}
+    tokens = {"small": 15_000_000, "paper": 3_000_000_000}[budget]
+    for name, arguments in ARGUMENTS:
+        if arguments.partition(",")[0] != budget:
+            continue
+        made = {}
+        points, _ = read(name, arguments, monkeypatch)
+        for point in points:
+            if "shared" not in str(point.workdir) or point.name in planned:
+                continue
+            overrides = point.overrides | ({"init.from": point.model} if point.start else {})
+            made[point.name] = configs.load(point.spec, overrides, source=made.get(point.start))
+            config = made[point.name].copy_and_resolve_references().unlock()
+            config.init["from"] = ""
+            if config.init.keep == "all":
+                config.init.keep = "params"
+            planned[point.name] = plan = plans.make_plan(config.lock(), topology, corpus_tokens=tokens)
+            if budget == "small":
+                assert plan.memory.fits, point.name
+                assert text.cost(plan, 0.4, 0.0).hours < 8 / 60, point.name
+            assert plan.flops > 0
+    assert len(planned) > 20

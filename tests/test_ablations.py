@@ -132,6 +132,18 @@ def test_at_budget_tiny_nothing_is_needed_and_every_embedded_task_is_used(monkey
     assert all(not TASKS[task].layouts[0].dataset for task in used)
 
 
+@pytest.mark.parametrize("budget", common.BUDGETS)
+def test_tuning_tries_as_much_for_each(budget, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    given = {} if budget == "tiny" else {"data.source": "text:books"}
+    points, study = sweep.read_points(f"experiments/ablations/tuning.py:{budget}", epath.Path("runs/here"), given)
+    assert study is None
+    sweep.validate(points)
+    tried = {name: sum(name in point.name for point in points) for name in ("gpt", "bert", "elmo", "frozen", "tuned")}
+    assert tried == {"gpt": 25, "bert": 25, "elmo": 13, "frozen": 36, "tuned": 24}
+    assert all(point.overrides["seed"] == 1000 for point in points), "no table's seed"
+
+
 def test_a_budget_that_needs_files_says_so(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     with pytest.raises(UserError, match=r"reads wsd: --config\.data\.task\.files='DIR/\{task\}'"):

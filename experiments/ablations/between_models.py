@@ -93,7 +93,7 @@ def sweep(add, arguments: str = ""):
         for on in on_tasks:
             for way, _ in ROUTES:
                 column = routes[on.column.name, way].name
-                make.finetune(row, on, model, way, column=column, name=f"{row}-{column}")
+                make.finetune(row, on, model, way, column=column, name=f"{row}-{column}", tuned=_rates(row, way))
     _controls(make, routes, models)
     if make.given.arm == "native":
         for better, worse in (("bert", "gpt"), ("gpt", "elmo")):
@@ -117,6 +117,11 @@ def sweep(add, arguments: str = ""):
 
 def _masked(row: str) -> bool:
     return row == "bert" or row.endswith("masked")
+
+
+def _rates(row: str, way: str) -> str:
+    """Models that see both sides are tuned by BERT's rule, the others by GPT's or Adam's."""
+    return "bert" if way == "full" and _masked(row) else ""
 
 
 def _bits_metric(row: str) -> str:
@@ -159,7 +164,8 @@ def _controls(make: Maker, routes: dict, models: dict[str, str]) -> None:
     for on in make.on_tasks:
         for way, _ in ROUTES:
             column, overrides = routes[on.column.name, way].name, {"init.keep": "nothing"}
-            make.finetune(scratch, on, models[row], way, overrides, column=column, name=f"scratch-{column}")
+            options = {"column": column, "name": f"scratch-{column}", "tuned": _rates(row, way)}
+            make.finetune(scratch, on, models[row], way, overrides, **options)
         column, head = routes[on.column.name, "features"].name, f"objectives.{on.objective}"
         vectors = {f"{head}.reads": "vectors", "data.task.vectors": f"word2vec:{text}"}
         make.finetune(static, on, models[row], "features", vectors, column=column, name=f"word2vec-{column}")

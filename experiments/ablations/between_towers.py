@@ -52,7 +52,8 @@ def sweep(add, arguments: str = ""):
             column = make.copy_column(on.column, f"{on.column.name}_{way}", f"{on.column.label}: {label}", {})
             by_way[way].append(column)
             for row, model in models.items():
-                make.finetune(row, on, model, way, column=column.name, name=f"{row}-{column.name}")
+                rates = "bert" if (row, way) == ("masked", "full") else ""
+                make.finetune(row, on, model, way, column=column.name, name=f"{row}-{column.name}", tuned=rates)
     for way, label in ROUTES:
         for towers in ("towers", "double"):
             terms = difference("masked", towers, *by_way[way])

@@ -98,14 +98,17 @@ KEPT = {
     ("bert", "small"): (270, 450, 900, 1800, 3600, 5400, 7200, 9000),
     ("bert", "paper"): (30_000, 50_000, 100_000, 200_000, 400_000, 600_000, 800_000),
 }
-# A model of a million parameters wants about ten times the rate of one of a hundred million; chosen on one seed of its
-# own (docs/ablations.md), the same for all arms that are compared.
+# A model of a million parameters wants about ten times the rate of one of a hundred million. Chosen by tuning.py, each
+# optimizer's by the same number of trials; all arms of a table that are moved in one way have the same.
 TUNED: dict[tuple[str, str], dict[str, Any]] = {
-    ("tiny", "tuned"): {"optimizer.peak_lr": 6e-4, "total_epochs": 6.0},
+    ("tiny", "gpt"): {"optimizer.peak_lr": 1e-3, "total_epochs": 6.0},
+    ("tiny", "bert"): {"optimizer.peak_lr": 3e-4, "total_epochs": 6.0},
     ("tiny", "frozen"): {"optimizer.peak_lr": 3e-3, "total_epochs": 6.0},
-    ("small", "tuned"): {"optimizer.peak_lr": 2e-4, "total_epochs": 3.0},
+    ("small", "gpt"): {"optimizer.peak_lr": 2e-4, "total_epochs": 3.0},
+    ("small", "bert"): {"optimizer.peak_lr": 1e-4, "total_epochs": 3.0},
     ("small", "frozen"): {"optimizer.peak_lr": 1e-3, "total_epochs": 6.0},
-    ("paper", "tuned"): {},
+    ("paper", "gpt"): {},
+    ("paper", "bert"): {},
     ("paper", "frozen"): {},
 }
 FROZEN_WAYS = ("features", "probe", "static")
@@ -277,16 +280,15 @@ class Maker:
         column: str | None = "",
         name: str = "",
         step: int | None = None,
-        frozen: bool | None = None,
+        tuned: str = "",
     ) -> list[str]:
         """Runs on a task from each pretraining seed, with each head seed, which become cells; returns their names.
 
         way: of finetune.py; column: of the cell, by default that of the task, None for no cell; name: of the points;
-        frozen: whether the model stays as it is, by default what the way says (ELMo's own way is frozen).
+        tuned: whose rate and duration, by default what the way says ("paper" and "full": GPT's).
         """
-        if frozen is None:
-            frozen = way in FROZEN_WAYS
-        settings = {**TUNED[self.budget, "frozen" if frozen else "tuned"], **(overrides or {})}
+        tuned = tuned or {"bert": "bert", **dict.fromkeys(FROZEN_WAYS, "frozen")}.get(way, "gpt")
+        settings = {**TUNED[self.budget, tuned], **(overrides or {})}
         names = []
         for seed in self.seeds:
             for head in range(self.heads):

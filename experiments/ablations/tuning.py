@@ -9,8 +9,8 @@
 | small | 3, 60 | one accelerator, two hours | not run yet |
 
 Each of ELMo, GPT and BERT on single texts and on words, tuned (GPT, BERT) and frozen: three rates x two durations, as
-protocol 9 says. One setting for all that are tuned and one for all that are frozen, so that no arm of a table is better
-tuned than another.
+protocol 9 says. One setting for GPT's rule, one for BERT's, one for all frozen models, so that no arm of a table is
+better tuned than another.
 """
 
 from experiments.ablations.common import BUDGETS, EMBEDDED, FINETUNE, PRESETS

@@ -140,6 +140,20 @@ def test_ours_beside_the_papers(root):
     assert "the paper" in figure.svg
 
 
+def test_every_number_names_its_run(root):
+    (root / "new-seed3" / "results.jsonl").unlink()
+    results = Results(studies.read(root))
+    table = study_tables.runs_table(results)
+    at = {column.name: i for i, column in enumerate(table.columns)}
+    own = [row for row in table.rows if (row[at["arm"]], row[at["quantity"]]) == ("the new one", "SST-2")]
+    assert [row[at["run"]] for row in own] == [f"new-seed{seed}" for seed in SEEDS]
+    values = [row[at["value"]] for row in own]
+    assert values[3] is None
+    assert np.mean([v for v in values if v is not None]) == study_tables.summary(results, "new", "score").mean
+    assert {row[at["status"]] for row in own} == {"complete"}
+    assert "launch.sweep --config=mine.py" in table.note
+
+
 def test_an_unfinished_sweep_says_what_is_missing(root):
     for seed in (1, 2, 3, 4):
         (root / f"old-seed{seed}" / "results.jsonl").unlink()

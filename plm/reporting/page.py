@@ -100,7 +100,7 @@ def of_studies(all_results: Sequence[Results], runs: Sequence[Run]) -> Part:
         for number, drawing in enumerate(study.drawings):
             name = f"{study_tables.identifier(study)}_{drawing.group}_{number}"
             section.blocks.append(plots.study_figure(results, drawing, name))
-        section.blocks += study_tables.curve_tables(results)
+        section.blocks += [*study_tables.curve_tables(results), study_tables.runs_table(results)]
         found.append(section)
     if runs:
         listed = [tables.run_table(runs), tables.provenance_table(runs)]

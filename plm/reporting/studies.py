@@ -241,6 +241,14 @@ class Results:
         counts, examples = _counts(cell.place, str(row.get("predictions") or ""), column)
         return Value(cell, column.factor * float(row["value"]), counts, examples)
 
+    def facts(self, place: str) -> dict:
+        """run.json of a cell's run, {} where there is none."""
+        try:
+            facts = json.loads((epath.Path(place) / "run.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return facts if isinstance(facts, dict) else {}
+
     @property
     def missing(self) -> list[str]:
         """The places of cells without a number."""

@@ -115,6 +115,39 @@ def claims_table(results: Results) -> Table | None:
     return table.without_empty_columns()
 
 
+def runs_table(results: Results) -> Table | None:
+    """Every cell's runs with their numbers, a row each: what the means are made of."""
+    study, rows = results.study, []
+    facts = {cell.place: results.facts(cell.place) for own in study.cells.values() for cell in own}
+    for (row, name), cells in study.cells.items():
+        column = study.column(name)
+        found = {value.cell: value.value for value in results.values[row, name]}
+        for cell in cells:
+            run, devices = facts[cell.place], facts[cell.place].get("devices") or {}
+            hardware = f"{devices['count']} x {devices['kind']}" if "kind" in devices else None
+            run_name = cell.place.rstrip("/").rpartition("/")[2]
+            own = [study.label(row), column.label, column.unit, cell.seed, cell.head, found.get(cell), run_name]
+            rows.append([*own, run.get("status", "not started"), run.get("commit"), hardware, run.get("seconds")])
+    if not rows:
+        return None
+    columns = [
+        Column("arm"),
+        Column("quantity"),
+        Column("unit"),
+        Column("pretraining seed", "", ".0f"),
+        Column("head seed", "", ".0f"),
+        Column("value", "", ".4g"),
+        Column("run"),
+        Column("status"),
+        Column("commit", at_most=7),
+        Column("hardware"),
+        Column("training", "s", ".0f"),
+    ]
+    note = f"Made by: {study.command}" if study.command else ""
+    title = f"{study.title}: the {len(rows):,} numbers behind it, and the run of each"
+    return Table(f"{identifier(study)}_numbers", title, columns, rows, note, folded=True)
+
+
 def _adjusted(claims: Sequence[Claim], found: Sequence[Contrast | None]) -> list[float | None]:
     """Holm's p of each claim among those of its family that are measured."""
     adjusted: list[float | None] = [None] * len(claims)

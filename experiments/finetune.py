@@ -28,6 +28,8 @@ The last three are the same for all models, two texts apart and the maximum over
 random values, `auxiliary=0` leaves GPT's language model out of the loss (it has `auxiliary` hundredths), `orders=one`
 reads its like texts in one order only, `--config.data.task.vectors=FILE` with `--config.objectives.<o>.reads=vectors`
 reads GloVe or word2vec vectors. `layer_decay=95`: each layer below the top learns with 0.95 of the rate above it.
+`select=best` measures dev after each epoch and keeps the best one (`@best`, protocol 9), which `--suite=task` then
+reports.
 
 The papers' numbers: GPT 6.25e-5, 32 examples, 3 epochs, linear decay, 0.2% warm-up; BERT 5e-5 to 2e-5, 16 or 32, 2 to
 4 epochs, 10% warm-up; ELMo's features 1e-3. A model of 1M parameters wants about ten times the rate of one of 110M; the
@@ -64,12 +66,14 @@ def _arguments(text: str):
         layer_decay=configs.Number(100, 1, 100),
         auxiliary=configs.Number(50, 0, 1000),
         orders=("paper", "both", "one"),
+        select=("last", "best"),
     )
 
 
 def get_config(arguments: str = "", source=None):
     """arguments: task=docstring_package|sst2|...|custom, way=paper|full|features|probe|static, kind=... (custom),
-    choices=N (custom, kind choice), reset_top=K, layer_decay=PERCENT, auxiliary=PERCENT, orders=paper|both|one.
+    choices=N (custom, kind choice), reset_top=K, layer_decay=PERCENT, auxiliary=PERCENT, orders=paper|both|one,
+    select=last|best.
     source: the config of the model in init.from."""
     given = _arguments(arguments)
     if given.kind and given.task != "custom":
@@ -85,6 +89,8 @@ def get_config(arguments: str = "", source=None):
     layers = source.model.get("layers", 0)
     if given.reset_top > layers:
         raise configs.UserError(f"config argument reset_top={given.reset_top}: the model has {layers} layers")
+    if given.select == "best":
+        configs.apply(config, {"eval.every_epochs": 1.0, "checkpoint.keep_best": "selects"})
     if given.reset_top:
         top = "|".join(str(layer) for layer in range(layers - given.reset_top, layers))
         config.init.reset = rf"^(backward_)?blocks/({top})/"

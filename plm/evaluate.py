@@ -9,9 +9,9 @@
     python -m plm.evaluate --model=RUN --suite=task                  # a fine-tuned run on its own task
 
 A suite that is there already for that step and settings is passed over. SRC is the workdir of a run; of minimal_pairs,
-zero_shot, probes and word_sense also a converted or a foreign folder. @all: every kept checkpoint of the run. A task is
-NAME[,files=DIR or tfds:NAME], or custom,kind=...,files=...,text=...,label=... (`plm.data.tasks`). docs/analysis.md says
-what each suite measures.
+zero_shot, probes and word_sense also a converted or a foreign folder. @all: every kept checkpoint of the run, @best:
+that of its best evaluation (checkpoint.keep_best). A task is NAME[,files=DIR or tfds:NAME], or
+custom,kind=...,files=...,text=...,label=... (`plm.data.tasks`). docs/analysis.md says what each suite measures.
 """
 
 import sys
@@ -72,7 +72,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string(
-        "model", None, "the model, with @STEP for another checkpoint than the newest, @all for all of them"
+        "model", None, "the model, with @STEP or @best for another checkpoint than the newest, @all for all of them"
     )
     define_flags(DEFAULT)
     flags.DEFINE_string("output", "", "where results go; by default the run itself")

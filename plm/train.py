@@ -30,12 +30,13 @@ def main(config_flags: configs.ConfigFlags) -> int:
         train(config, values.workdir)
     if not evaluate.names(values) or index:
         return 0
+    model = f"{values.workdir}@best" if config.checkpoint.keep_best else values.workdir
     if index is None:
-        evaluate.measure(values.workdir, values)
+        evaluate.measure(model, values)
         return 0
     # The accelerators are the processes' together; what is measured afterwards is one process's work, on the host.
     given = [f"--{name}={value}" for name in ("task", "pairs") for value in values[name].value]
-    measured = [f"--model={values.workdir}", f"--suite={values.suite}", f"--wsd={values.wsd}"]
+    measured = [f"--model={model}", f"--suite={values.suite}", f"--wsd={values.wsd}"]
     measured += [f"--text={values.text}", *given]
     command_line = [sys.executable, "-m", "plm.evaluate", *measured]
     return subprocess.run(command_line, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=False).returncode

@@ -14,7 +14,8 @@ pretraining buy (docs/protocol.md)?
 `arm=controlled` (protocol 3): {Transformer, LSTM} x {left to right, two towers, masked} on identical ids, and ELMo's
 characters in place of the input table; equal passes over the text. `arm=native` (protocol 4): ELMo, GPT and BERT with
 their own vocabularies and objectives; never on one axis with the others. Every model goes to the tasks by three routes
-(protocol 9): a linear output on the frozen mix of its layers, a BiLSTM on it, and all of it tuned. Controls (protocol
+(protocol 9): a linear output on the frozen mix of its layers, a BiLSTM on it, and all of it tuned, the best epoch on
+dev each time. Controls (protocol
 13): the same from random values, frozen and tuned; word2vec on the same text. The four primary contrasts are on the
 mean of the columns on tasks, each divided by its deviation; all other comparisons are exploratory.
 """
@@ -40,6 +41,7 @@ CONTROLLED = {  # row -> label, arguments of compare.py
         "architecture=lstm,objective=bidirectional,input=characters",
     ),
 }
+BEST = "select=best"
 NATIVE = {"elmo": "ELMo", "gpt": "GPT", "bert": "BERT"}
 FACTS = [
     ["", "static vectors", "ELMo", "GPT", "BERT"],
@@ -93,7 +95,8 @@ def sweep(add, arguments: str = ""):
         for on in on_tasks:
             for way, _ in ROUTES:
                 column = routes[on.column.name, way].name
-                make.finetune(row, on, model, way, column=column, name=f"{row}-{column}", tuned=_rates(row, way))
+                options = {"arguments": BEST, "column": column, "tuned": _rates(row, way)}
+                make.finetune(row, on, model, way, name=f"{row}-{column}", **options)
     _controls(make, routes, models)
     if make.given.arm == "native":
         for better, worse in (("bert", "gpt"), ("gpt", "elmo")):
@@ -164,11 +167,12 @@ def _controls(make: Maker, routes: dict, models: dict[str, str]) -> None:
     for on in make.on_tasks:
         for way, _ in ROUTES:
             column, overrides = routes[on.column.name, way].name, {"init.keep": "nothing"}
-            options = {"column": column, "name": f"scratch-{column}", "tuned": _rates(row, way)}
+            options = {"arguments": BEST, "column": column, "name": f"scratch-{column}", "tuned": _rates(row, way)}
             make.finetune(scratch, on, models[row], way, overrides, **options)
         column, head = routes[on.column.name, "features"].name, f"objectives.{on.objective}"
         vectors = {f"{head}.reads": "vectors", "data.task.vectors": f"word2vec:{text}"}
-        make.finetune(static, on, models[row], "features", vectors, column=column, name=f"word2vec-{column}")
+        options = {"arguments": BEST, "column": column, "name": f"word2vec-{column}"}
+        make.finetune(static, on, models[row], "features", vectors, **options)
 
 
 def _tuned(routes: dict, row: str):

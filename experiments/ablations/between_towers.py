@@ -10,7 +10,7 @@ what BERT's section 5.1 argues for without measuring it.
 | small | 15 pretraining, 270 on tasks | one accelerator, two hours | not measured yet |
 
 The towers share the masked model's number of parameters, or each of them has it. Frozen with a linear output, and
-tuned.
+tuned; the best epoch on dev each time.
 """
 
 from experiments.ablations.common import Maker, Quantity
@@ -53,7 +53,8 @@ def sweep(add, arguments: str = ""):
             by_way[way].append(column)
             for row, model in models.items():
                 rates = "bert" if (row, way) == ("masked", "full") else ""
-                make.finetune(row, on, model, way, column=column.name, name=f"{row}-{column.name}", tuned=rates)
+                options = {"arguments": "select=best", "column": column.name, "tuned": rates}
+                make.finetune(row, on, model, way, name=f"{row}-{column.name}", **options)
     for way, label in ROUTES:
         for towers in ("towers", "double"):
             terms = difference("masked", towers, *by_way[way])

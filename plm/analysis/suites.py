@@ -44,7 +44,7 @@ from plm.data.pipeline import Corpus, open_corpus, open_text
 from plm.data.store import Progress, locked, writable
 from plm.data.tasks import TaskData
 from plm.errors import UserError
-from plm.inference.model import Model, is_run, load, read_run, split_source
+from plm.inference.model import Model, is_run, load, read_run
 from plm.randomness import stable_hash
 from plm.training import checkpoint, metrics
 from plm.training.loop import make_evaluator
@@ -91,7 +91,7 @@ class Run:
     ):
         self.tasks, self.pair_files, self.wsd_folder, self.progress = tuple(tasks), tuple(pairs), wsd, progress
         self.text_source = text
-        self.source, self._step = split_source(spec)
+        self.source, self._step = checkpoint.split_step(spec)
         self.workdir = epath.Path(self.source)
         self.is_run = self._step is not None or is_run(self.source)
         if not self.is_run:

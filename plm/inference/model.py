@@ -39,26 +39,16 @@ from plm.training.record import CONFIG
 LANGUAGE_HEADS = ("causal", "bidirectional", "masked")
 
 
-def split_source(spec: str) -> tuple[str, int | None]:
-    """`SRC[@STEP]` -> (SRC, step, None for the newest)."""
-    source, at, step = spec.rpartition("@")
-    if not at or "/" in step:
-        return spec, None
-    if not step.isdigit():
-        raise UserError(f"model {spec!r}: what follows @ must be the step of a checkpoint, a whole number")
-    return source, int(step)
-
-
 def load(source: str, *, random: bool = False, allow_missing: str = "", vocabulary: str = "") -> "Model":
     """The model in a run's workdir (config.json, tokenizer/, checkpoints/), a converted or a foreign folder.
 
-    source: `SRC` (the newest whole checkpoint) or `SRC@STEP`. random: the same architecture with the parameters that
-    the run began with (`config.seeds.init`), no checkpoint needed: the control of every measurement. allow_missing,
-    vocabulary: of a foreign folder, see `plm.weights.read`.
+    source: `SRC` (the newest whole checkpoint), `SRC@STEP` or `SRC@best`. random: the same architecture with the
+    parameters that the run began with (`config.seeds.init`), no checkpoint needed: the control of every measurement.
+    allow_missing, vocabulary: of a foreign folder, see `plm.weights.read`.
 
     Errors: UserError when a part is missing or damaged, or the parameters are not those of the config.
     """
-    workdir, step = split_source(str(source))
+    workdir, step = checkpoint.split_step(str(source))
     if step is None and not is_run(workdir):
         return _load_foreign(workdir, random, allow_missing, vocabulary)
     config, tokenizer = read_run(workdir)

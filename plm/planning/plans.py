@@ -26,12 +26,11 @@ from plm.errors import UserError
 from plm.models.flops import train_flops
 from plm.planning import hlo
 from plm.planning.topologies import Topology
+from plm.training import checkpoint, sharding
 from plm.training import config as configs
-from plm.training import sharding
 from plm.training.objectives import make_objectives
 from plm.training.program import Program, carries, fresh_carry, make_batches, make_program
 from plm.training.record import TOKENIZER
-from plm.training.start import split_step
 from plm.training.step import all_weights, make_eval_step, make_loss
 
 LARGE = 16 * 2**20  # bytes on a chip from which a buffer that need not be there is worth a warning
@@ -120,7 +119,7 @@ def _tokenizer(kind: str, size: int, path: str, lowercase: bool) -> Tokenizer:
 
 def _inherited(config) -> str:
     """The folder of the tokenizer of the run that `init.from` names; "" where it names none."""
-    folder = epath.Path(split_step(config.init["from"])[0]) / TOKENIZER
+    folder = epath.Path(checkpoint.split_step(config.init["from"])[0]) / TOKENIZER
     return str(folder) if config.init["from"] and folder.exists() else ""
 
 

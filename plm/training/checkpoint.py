@@ -38,6 +38,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from plm.errors import UserError
 from plm.models.layers import STACKED, logical_names
+from plm.training.metrics import RunRecord
 from plm.training.sharding import paths_and_leaves, place
 
 PyTree = Any
@@ -308,6 +309,16 @@ def _tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+@dataclasses.dataclass
+class _Step(preservation_policy.PreservationPolicy):
+    """Preserves one checkpoint, which may become another one."""
+
+    step: int | None
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints of one run: `save` as training goes, `restore_latest` at its start.
 
@@ -316,6 +327,7 @@ class Checkpoints:
       keep: how many of the newest checkpoints stay.
       keep_at: steps whose parameters stay for ever; the rest of such a checkpoint goes when it is no longer one of the
         newest `keep`.
+      best: the step of the best evaluation so far, kept in the same way until `keep_best` names another one.
       every_steps: `save` saves at multiples of it and at `keep_at`; 0 = only at `keep_at` and when forced.
       report: takes one line for each checkpoint that cannot be used; standard error by default.
 
@@ -329,19 +341,25 @@ class Checkpoints:
         keep: int = 3,
         keep_at: Iterable[int] = (),
         every_steps: int = 0,
+        best: int | None = None,
         report: Callable[[str], None] = _tell,
     ):
         if keep < 1:
             raise UserError(f"checkpoint.keep={keep} must be at least 1")
         self.directory = epath.Path(directory).absolute() if "://" not in str(directory) else epath.Path(directory)
         self._keep, self._keep_at, self._every, self._report = keep, frozenset(keep_at), every_steps, report
+        self._best = _Step(best)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=preservation_policy.AnyPreservationPolicy(
-                        [preservation_policy.LatestN(keep), preservation_policy.CustomSteps(sorted(self._keep_at))]
+                        [
+                            preservation_policy.LatestN(keep),
+                            preservation_policy.CustomSteps(sorted(self._keep_at)),
+                            self._best,
+                        ]
                     ),
                     cleanup_tmp_directories=True,
                     save_root_metadata=False,
@@ -355,6 +373,17 @@ class Checkpoints:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+    def _kept(self, step: int) -> bool:
+        return step in self._keep_at or step == self._best.step
+
+    def keep_best(self, step: int) -> None:
+        """Keeps the saved checkpoint of this step, and no longer that of the best one before."""
+        before, self._best.step = self._best.step, step
+        self.wait()
+        saved = sorted(self._manager.all_steps())
+        if before is not None and before in saved[: -self._keep] and not self._kept(before):
+            self._manager.delete(before)
 
     def due(self, step: int) -> bool:
         """Whether `save` would save at this step."""
@@ -404,7 +433,7 @@ class Checkpoints:
         for step in reversed(steps):
             directory = self.directory / str(step)
             if not (directory / _REST).exists():
-                if step not in self._keep_at:
+                if not self._kept(step):
                     self._report(f"checkpoint {step} in {self.directory} is not used: it holds parameters only")
                 continue
             try:
@@ -435,13 +464,13 @@ class Checkpoints:
 
     def _forget_rest(self) -> None:
         """Leaves only the parameters of `keep_at` checkpoints that are no longer among the newest."""
-        if jax.process_index() > 0 or not self._keep_at:
+        if jax.process_index() > 0 or not (self._keep_at or self._best.step is not None):
             return
         for step in sorted(self._manager.all_steps())[: -self._keep]:
             for item in (_REST, _CARRY):
                 path = self.directory / str(step) / item
                 removed = path.with_name(item + _REMOVED)
-                if step in self._keep_at and path.exists():
+                if self._kept(step) and path.exists():
                     path.rename(removed)  # at once: a kill in the middle leaves no half of an item
                 if removed.exists():
                     removed.rmtree()
@@ -459,6 +488,28 @@ class Checkpoints:
 
 
 # Reading from another run
+
+BEST = "best"
+
+
+def split_step(spec: str) -> tuple[str, int | None]:
+    """`SRC`, `SRC@STEP` or `SRC@best` -> (SRC, step), None for the newest.
+
+    Errors: UserError for another word behind the @, or a run without a best checkpoint.
+    """
+    source, at, step = spec.rpartition("@")
+    if not at or "/" in step:
+        return spec, None
+    if step == BEST:
+        best = RunRecord(source, enabled=False).facts.get(BEST) or {}
+        if best.get("step") is None:
+            raise UserError(f"{spec}: the run in {source} kept no best checkpoint (checkpoint.keep_best)")
+        return source, best["step"]
+    if not step.isdigit():
+        if epath.Path(spec).exists():  # a folder with such a name
+            return spec, None
+        raise UserError(f"{spec!r}: what follows @ must be the step of a checkpoint, a whole number, or {BEST}")
+    return source, int(step)
 
 
 def kept_steps(source: epath.PathLike) -> list[int]:

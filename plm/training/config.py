@@ -285,9 +285,12 @@ KEYS: tuple[tuple[str, Any, Rule, str], ...] = (
     ("checkpoint.every_steps", 1000, whole(0), "0 = at the end only"),
     ("checkpoint.keep", 3, whole(1), "newest checkpoints that are kept"),
     ("checkpoint.keep_at", (), items(whole(0), "(10,100,1000)"), "steps whose parameters are kept for ever"),
+    ("checkpoint.keep_best", "", words(), "a held-out number, or selects: its best evaluation is kept as SRC@best"),
     ("eval.every_steps", 1000, whole(0), "0 = at the end only"),
+    ("eval.every_epochs", 0.0, real(0.0), "... in passes over the training split, instead of steps; 0 = in steps"),
     ("eval.batches", 0, whole(0), "batches of the held-out split; 0 = all of it"),
     ("eval.batch_size", 0, whole(0), "rows; 0 = batch_size"),
+    ("eval.patience", 0, whole(0), "evaluations without a better checkpoint.keep_best that end the run; 0 = none do"),
     ("log.every_steps", 100, whole(1), "steps between two lines of metrics.jsonl"),
     ("log.tensorboard", False, truth(), "TensorBoard files too"),
     ("log.wandb", "", words(), "Weights & Biases project; '' = none"),
@@ -1007,7 +1010,7 @@ def resolve(config: ConfigDict, *, examples_per_epoch: float | None = None, plat
 
     Args:
       config: a validated config.
-      examples_per_epoch: rows of the layout in one pass over the training split; needed for `total_epochs` only.
+      examples_per_epoch: rows of the layout in one pass over the training split; needed for what is said in epochs.
       platform: of the devices ("cpu", "gpu", "tpu"), to settle precision.compute='auto'; None leaves it.
 
     Raises:
@@ -1029,6 +1032,9 @@ def resolve(config: ConfigDict, *, examples_per_epoch: float | None = None, plat
     for key in DURATIONS:
         config[key] = None
     config.total_steps = max(steps, 1)
+    if config.eval.every_epochs and examples_per_epoch:
+        config.eval.every_steps = max(round(config.eval.every_epochs * examples_per_epoch / rows), 1)
+        config.eval.every_epochs = 0.0
     optimizer = config.optimizer
     optimizer.schedule_steps = optimizer.schedule_steps or config.total_steps
     if optimizer.schedule_steps < config.total_steps:

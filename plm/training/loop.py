@@ -19,8 +19,9 @@ from plm.analysis import task_results
 from plm.data.pipeline import Batches, Corpus, open_corpus, open_task
 from plm.errors import UserError
 from plm.models.graph import ModelGraph, build
-from plm.training import checkpoint, sharding
+from plm.training import checkpoint, metrics, sharding
 from plm.training import config as configs
+from plm.training.best import Best, make_best
 from plm.training.objectives import make_objectives
 from plm.training.preemption import Notice, Preempted
 from plm.training.program import carries, compute_dtype, fresh_carry, make_batches, make_program
@@ -163,22 +164,33 @@ def train(config, workdir: epath.PathLike) -> dict[str, float]:
                 "no document is held out, so nothing will be evaluated: give data.valid_source, more documents or"
                 f" a larger data.valid_fraction than {config.data.valid_fraction:g}"
             )
+        selecting = corpus.task.task.metrics if corpus.task else ()
+        best = make_best(config, selecting, evaluated=evaluator is not None)
+        lines = metrics.read_metrics(workdir) if best else []
         with checkpoint.Checkpoints(
             workdir / checkpoint.FOLDER,
             keep=config.checkpoint.keep,
             keep_at=config.checkpoint.keep_at,
             every_steps=config.checkpoint.every_steps,
+            best=(record.run.facts.get(checkpoint.BEST) or {}).get("step") if best else None,
         ) as saved:
-            state = first_state(config, corpus, graph, source, program.fresh, program.like, saved, record.say)
+            complete = record.run.facts.get("status") == "complete"
+            end = record.run.facts.get("stopped_early", config.total_steps) if complete else config.total_steps
+            state = first_state(config, corpus, graph, source, program.fresh, program.like, saved, record.say, end)
             start = int(state.step)
-            if start >= config.total_steps and record.run.facts.get("status") == "complete":
+            if best:
+                best.replay(lines, start)
+            if complete and (start >= config.total_steps or (best and best.exhausted)):
                 record.say(f"already complete after {start:,} steps: {workdir}")
                 return {}
             lineage = source.lineage() if source else None
             record.begin(start, corpus=corpus, graph=graph, batches=batches, mesh=mesh, starts_from=lineage)
+            if best and best.step is not None:
+                saved.keep_best(best.step)
+                record.best(best)
             try:
                 with Notice(mesh) as notice:
-                    return _run(config, state, start, program.step, evaluator, batches, saved, record, notice)
+                    return _run(config, state, start, program.step, evaluator, batches, saved, record, notice, best)
             except Exception as error:
                 record.fail(error)
                 raise
@@ -200,7 +212,9 @@ def _due(step: int, every: int, last: int) -> bool:
     return step == last or bool(every and step % every == 0)
 
 
-def _run(config, state, start, train_step, evaluator, batches, saved, record, notice) -> dict[str, float]:
+def _run(
+    config, state, start, train_step, evaluator, batches, saved, record, notice, best: Best | None
+) -> dict[str, float]:
     """Steps start .. total_steps. The numbers of a step are fetched while the next one runs."""
     total, values = config.total_steps, {}
     stream = batches.iterate(start, total)
@@ -222,20 +236,27 @@ def _run(config, state, start, train_step, evaluator, batches, saved, record, no
 
     for step in range(start, total + 1):
         stops = step < total and notice.stops_here()
-        if step == total or stops or saved.due(step):
+        due = evaluator is not None and _due(step, config.eval.every_steps, total)
+        if step == total or stops or saved.due(step) or (due and best and step > 0):
             # First the lines, which no resumed run will make again, and up to here: one of its means starts here.
             report(line=True)
-            saved.save(state, step, force=step == total or stops)
+            saved.save(state, step, force=True)
         if stops:
             saved.wait()
             record.interrupted(step)
             raise Preempted(step)
-        due = evaluator is not None and _due(step, config.eval.every_steps, total)
         if due and (step > start or (step > 0 and not record.has_evaluated)):
             report()
             began = time.perf_counter()
             values = evaluator(state.params)
             record.evaluation(step, values, time.perf_counter() - began)
+            if best and best.add(step, values):
+                saved.keep_best(step)
+                record.best(best)
+        if best and best.exhausted and step < total:
+            saved.wait()
+            record.finish(step, early=best)
+            return values
         if step == total:
             break
         batch = next(stream)

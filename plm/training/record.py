@@ -12,8 +12,9 @@ from plm.data.pipeline import Batches, Corpus
 from plm.errors import UserError
 from plm.models.flops import train_flops
 from plm.models.graph import ModelGraph
-from plm.training import chips, metrics, optimizer
+from plm.training import checkpoint, chips, metrics, optimizer
 from plm.training import config as configs
+from plm.training.best import Best
 
 CONFIG, TOKENIZER = "config.json", "tokenizer"
 
@@ -242,13 +243,20 @@ class Record:
             seconds=self._seconds(),
         )
 
-    def finish(self, step: int) -> None:
-        """Notes that the run is complete and closes everything."""
+    def best(self, best: Best) -> None:
+        """Notes which evaluation is the best so far."""
+        self.run.facts |= {checkpoint.BEST: best.record()}
+        self.run._write()
+
+    def finish(self, step: int, early: Best | None = None) -> None:
+        """Notes that the run is complete and closes everything. early: why it ended before its last step."""
         if step > self.start:
             self._update(step)
-        self.run.finish()
+        self.run.facts.pop("stopped_early", None)
+        self.run.finish(**({"stopped_early": step} if early else {}))
         self.close()
-        self.say(f"complete after {step:,} steps: {self.workdir}")
+        why = f", {early.since} evaluations after the best {early.name}, of step {early.step:,}" if early else ""
+        self.say(f"complete after {step:,} steps{why}: {self.workdir}")
 
     def interrupted(self, step: int) -> None:
         """Notes that the run was told to stop after `step`, which is saved."""

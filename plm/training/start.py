@@ -56,12 +56,6 @@ class Source:
         }
 
 
-def split_step(spec: str) -> tuple[str, int | None]:
-    """`SRC[@STEP]` -> (SRC, step, None for the newest)."""
-    name, _, number = spec.rpartition("@")
-    return (name, int(number)) if name and number.isdigit() else (spec, None)
-
-
 @functools.lru_cache(maxsize=1)
 def _foreign(name: str) -> weights.Foreign:
     """Read once for the config that a run is described by and for the parameters that it starts from."""
@@ -69,8 +63,8 @@ def _foreign(name: str) -> weights.Foreign:
 
 
 def open_source(spec: str) -> Source:
-    """`SRC[@STEP]`. Errors: UserError where there is no model."""
-    name, step = split_step(spec)
+    """`SRC[@STEP|@best]`. Errors: UserError where there is no model."""
+    name, step = checkpoint.split_step(spec)
     folder = epath.Path(name)
     if step is None and not (folder / checkpoint.FOLDER).exists():
         foreign = _foreign(name)
@@ -98,17 +92,25 @@ def _check_vocabulary(source: Source, ours: Tokenizer, path: str) -> None:
 
 
 def first_state(
-    config, corpus: Corpus, graph: ModelGraph, source: Source | None, fresh: Callable, like, saved, say: Callable
+    config,
+    corpus: Corpus,
+    graph: ModelGraph,
+    source: Source | None,
+    fresh: Callable,
+    like,
+    saved,
+    say: Callable,
+    end: int,
 ) -> TrainState:
     """The state to go on from: this run's newest whole checkpoint, `source`, or a new one.
 
     fresh: () -> the first state on its devices; like: its abstract value; saved: the run's `Checkpoints`; say: takes a
-    line for the user.
+    line for the user; end: the run's last step.
     """
     restored = saved.restore_latest(like)
     if restored is not None:
         state, step = restored
-        if step < config.total_steps:
+        if step < end:
             say(f"resuming after step {step} of {config.total_steps}")
         return state
     if not config.init["from"]:

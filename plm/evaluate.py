@@ -3,6 +3,7 @@
     python -m plm.evaluate --model=SRC[@STEP] [--suite=ngrams,samples,pseudo_words,perplexity] [--again]
     python -m plm.evaluate --model=SRC[@STEP] --suite=overlap --task=sst2,files=DIR [--task=...]
     python -m plm.evaluate --model=SRC[@STEP|@all] --suite=minimal_pairs [--pairs=FILE.jsonl or DIR]
+    python -m plm.evaluate --model=RUN --suite=pair_ngrams [--pairs=...]       # these pairs by counts of the run's text
     python -m plm.evaluate --model=SRC[@STEP|@all] --suite=zero_shot,probes --task=sst2,files=DIR [--task=...]
     python -m plm.evaluate --model=SRC[@STEP|@all] --suite=word_sense --wsd=DIR
     python -m plm.evaluate --model=RUN[@STEP] --suite=text --text=SOURCE              # perplexity on any text
@@ -29,8 +30,8 @@ def define_flags(suite: str) -> None:
     flags.DEFINE_string(
         "suite",
         suite,
-        "measured in this order: ngrams, samples, pseudo_words, perplexity, text, overlap, minimal_pairs, zero_shot,"
-        " probes, word_sense, task",
+        "measured in this order: ngrams, samples, pseudo_words, perplexity, text, overlap, minimal_pairs, pair_ngrams,"
+        " zero_shot, probes, word_sense, task",
     )
     flags.DEFINE_multi_string("task", [], "NAME[,key=value...], for suites of tasks; may be given several times")
     flags.DEFINE_multi_string(

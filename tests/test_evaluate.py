@@ -7,7 +7,7 @@ import pytest
 from fixtures import corpus
 
 from experiments import bert, compare, elmo
-from plm.analysis import ngrams, pseudo_words, samples, suites
+from plm.analysis import minimal_pairs, ngrams, pseudo_words, samples, suites
 from plm.data.sources import parse, split_of
 from plm.errors import UserError
 from plm.reporting import runs as reports
@@ -108,6 +108,22 @@ def test_ngrams_are_the_runs_own_targets_and_counted_once(workdirs, monkeypatch)
     assert len(appended) == 8
     assert len((workdirs["lanes"] / "results.jsonl").read_text().splitlines()) == before + 8
     assert len(rows_of(workdirs["lanes"], "ngrams")) == 8, "of rows that measure the same the last one holds"
+
+
+@pytest.mark.parametrize("name", ["lanes", "causal"])
+def test_counts_know_the_pairs_whose_right_sentences_were_in_the_text(workdirs, monkeypatch, name):
+    run = suites.Run(str(workdirs[name]), progress=False)
+    documents = parse(run.config.data.source).documents()
+    read = [document for document in documents if split_of(document, run.config.data.valid_fraction) == "train"]
+    seen = [sentence for document in read for sentence in document.sentences if len(set(sentence.split())) > 3][:40]
+    pairs = [minimal_pairs.Pair(text, " ".join(reversed(text.split())), "order") for text in seen]
+    monkeypatch.setattr(minimal_pairs, "generated", lambda: pairs)
+    suites.evaluate(run, ["pair_ngrams"], say=lambda line: None)
+    found = {metric: row.value for metric, row in rows_of(workdirs[name], "pair_ngrams").items()}
+    assert set(found) >= {f"kneser_ney_{order}/forward/all" for order in ngrams.ORDERS}
+    assert found["kneser_ney_3/forward/all"] > 0.9
+    if name == "lanes":
+        assert found["kneser_ney_1/forward/all"] == 0.5, "the same words are a tie for the unigram"
 
 
 def test_samples_and_senses_come_from_the_same_held_out_text(workdirs, monkeypatch):

@@ -130,6 +130,15 @@ def test_longer_contexts_help_where_there_is_structure_and_unseen_contexts_back_
     assert ngrams.distribution(tiny[5], [4, 4, 4, 4]) == pytest.approx(ngrams.distribution(tiny[2], [4]))
 
 
+def test_sentences_are_documents_of_their_own():
+    tokens, starts = synthetic(2000, 20)
+    models = ngrams.kneser_ney(tokens, starts, 20)
+    sentences = [[3], [1, 2, 3, 4], [1, 2]]
+    for order, totals in ngrams.sentence_totals(models, sentences).items():
+        alone = [ngrams.log_probabilities(models[order], np.array(ids), np.array([0])).sum() for ids in sentences]
+        assert totals == pytest.approx(alone)
+
+
 class FakeTokenizer:
     size, lossless = 6, True
     byte_lengths = np.array([0, 1, 3, 3, 4, 5])

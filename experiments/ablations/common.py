@@ -333,13 +333,13 @@ class Maker:
         for seed in self.seeds:
             self.add.measure(f"{name}-seed{seed}", f"{model}-seed{seed}", flags, at)
 
-    def read(self, row: str, column: Column, model: str, metric: str = "") -> None:
+    def read(self, row: str, column: Column, model: str, metric: str = "", suite: str = "") -> None:
         """Numbers of the pretraining runs themselves, measured there or on the way, as a cell.
 
-        metric: of this row, if it is another than the column's.
+        metric, suite: of this row, if they are others than the column's.
         """
         for seed in self.seeds:
-            self.study.cell(row, column.name, f"{model}-seed{seed}", seed, metric=metric)
+            self.study.cell(row, column.name, f"{model}-seed{seed}", seed, metric=metric, suite=suite)
 
     def copy_column(self, column: Column, name: str, label: str, numbers: Mapping[str, float]) -> Column:
         """Another column for the same quantity."""

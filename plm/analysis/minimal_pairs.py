@@ -14,7 +14,7 @@ ties whatever their numbers, and are reported.
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -212,9 +212,14 @@ def generated(templates: int = GENERATED) -> list[Pair]:
 # ------------------------------------------------------------------------------------------------------------- scoring
 
 
+def distinct(pairs: Sequence[Pair]) -> list[str]:
+    """The sentences, each once, the shortest first."""
+    return sorted({text for pair in pairs for text in (pair.good, pair.bad)}, key=lambda text: (len(text), text))
+
+
 def judge(model, pairs: Sequence[Pair], done: Callable[[int], None] = lambda n: None) -> Outcome:
     """What a model makes of each pair. done: is told of the sentences that are scored, each distinct one once."""
-    sentences = sorted({text for pair in pairs for text in (pair.good, pair.bad)}, key=lambda text: (len(text), text))
+    sentences = distinct(pairs)
     totals: dict[str, dict[str, float]] = {}
     read_as: dict[str, tuple] = {}
     for start in range(0, len(sentences), CHUNK):
@@ -227,6 +232,11 @@ def judge(model, pairs: Sequence[Pair], done: Callable[[int], None] = lambda n: 
         done(len(chunk))
     if len(totals) > 1:
         totals["mean"] = {text: float(np.mean([totals[d][text] for d in list(totals)])) for text in sentences}
+    return credited(pairs, totals, read_as)
+
+
+def credited(pairs: Sequence[Pair], totals: Mapping[str, Mapping[str, float]], read_as: Mapping[str, tuple]) -> Outcome:
+    """totals: {direction: {sentence: log-probability}}; read_as: {sentence: its pieces}."""
     identical = np.array([read_as[pair.good] == read_as[pair.bad] for pair in pairs])
     credit = {}
     for direction, total in totals.items():

@@ -18,6 +18,7 @@ Python loop runs over tokens. Orders 1, 2, 3 and 5 share one set of tables. Meas
 all four orders together: 3.5 million tokens 4.5 s, 6 million tokens 9 s, about 200 bytes a token at the peak.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -180,6 +181,20 @@ def stream(split, tokenizer, *, layout: str, backward: bool = False) -> tuple[np
     if backward:
         return joined[::-1].copy(), (len(joined) - borders)[::-1][:-1]
     return joined, borders[:-1]
+
+
+def sentence_totals(models: dict[int, Model], sentences: Sequence[Sequence[int]]) -> dict[int, np.ndarray]:
+    """{order: float64 [sentences]}: ln P of each sentence as a document of its own. sentences: ids, none is empty.
+
+    Sums are rounded once, so that the same words in another order are a tie for the unigram.
+    """
+    tokens = np.concatenate([np.asarray(ids, np.int64) for ids in sentences])
+    starts = np.cumsum([0, *(len(ids) for ids in sentences[:-1])])
+    totals = {}
+    for order, model in models.items():
+        each = np.split(log_probabilities(model, tokens, starts), starts[1:])
+        totals[order] = np.array([math.fsum(one) for one in each])
+    return totals
 
 
 def baselines(

@@ -258,21 +258,30 @@ def _held_out(run: Run, corpus: Corpus, split: str, limit: int | None = None) ->
     return Outcome(rows)
 
 
+def _countable(run: Run, suite: str) -> Corpus:
+    corpus = run.corpus
+    if corpus.train.n_tokens > NGRAM_TOKENS:
+        raise UserError(
+            f"suite {suite}: {corpus.train.n_tokens:,} training tokens would need about"
+            f" {corpus.train.n_tokens * 200 / 1e9:.0f} GB; at most {NGRAM_TOKENS:,} are counted"
+        )
+    return corpus
+
+
+def _stream_layout(run: Run) -> str:
+    """Sentence markers are targets in lanes of words only; all other layouts read the same stream."""
+    return "lanes" if run.config.data.layout == "lanes" else "blocks"
+
+
 def evaluate_ngrams(run: Run, settings: Mapping) -> Outcome:
     """Kneser-Ney on the run's own ids and held-out targets: forward, for two towers backward too; masked: the unigram.
 
     Kept beside the store that they were counted on, so that runs over one store count once.
     """
-    corpus, config = run.corpus, run.config
-    if corpus.train.n_tokens > NGRAM_TOKENS:
-        raise UserError(
-            f"suite ngrams: {corpus.train.n_tokens:,} training tokens would need about"
-            f" {corpus.train.n_tokens * 200 / 1e9:.0f} GB; at most {NGRAM_TOKENS:,} are counted"
-        )
+    corpus, config = _countable(run, "ngrams"), run.config
     direction = {"both": "both", "full": "masked"}.get(config.model.get("direction"), "forward")
     orders = settings["orders"]
-    # Sentence markers are targets in lanes of words only; all other layouts read the same stream.
-    layout = "lanes" if config.data.layout == "lanes" else "blocks"
+    layout = _stream_layout(run)
     splits = (corpus.train.directory, corpus.valid.directory)
     key = ("n-grams", VERSION, layout, orders, *(f"{d.parent.name}/{d.name}" for d in splits))
     folder = corpus.train.directory / "plans"
@@ -385,6 +394,26 @@ def evaluate_minimal_pairs(run: Run, settings: Mapping) -> Outcome:
         run, "minimal pairs", lambda: minimal_pairs.judge(run.initial, run.pairs, bar.add)
     )
     bar.close()
+    rows, table = minimal_pairs.summary(run.pairs, judged)
+    return Outcome(rows, tables=[table])
+
+
+def evaluate_pair_ngrams(run: Run, settings: Mapping) -> Outcome:
+    """What counting the run's own training text makes of minimal pairs (docs/protocol.md, 13)."""
+    corpus, tokenizer = _countable(run, "pair_ngrams"), run.tokenizer
+    sentences = minimal_pairs.distinct(run.pairs)
+    ids = [tuple(tokenizer.target_id(np.asarray(one)).tolist()) for one in tokenizer.encode(sentences)]
+    layout = _stream_layout(run)
+    if layout == "lanes" and "eos" in tokenizer.roles:
+        ids = [(*one, tokenizer.role("eos")) for one in ids]
+    models = ngrams.kneser_ney(
+        *ngrams.stream(corpus.train, tokenizer, layout=layout), tokenizer.size, settings["orders"]
+    )
+    read_as = dict(zip(sentences, ids, strict=True))
+    judged = {}
+    for order, totals in ngrams.sentence_totals(models, ids).items():
+        by_sentence = {"forward": dict(zip(sentences, totals.tolist(), strict=True))}
+        judged[f"kneser_ney_{order}"] = minimal_pairs.credited(run.pairs, by_sentence, read_as)
     rows, table = minimal_pairs.summary(run.pairs, judged)
     return Outcome(rows, tables=[table])
 
@@ -514,6 +543,9 @@ SUITES: dict[str, Suite] = {
     "overlap": Suite(evaluate_overlap, {"length": COPIED_WORDS}, of_tasks=True),
     "minimal_pairs": Suite(
         evaluate_minimal_pairs, {}, of_corpus=False, fingerprint=_of_pairs, headline=r".*/(all|mean over phenomena)"
+    ),
+    "pair_ngrams": Suite(
+        evaluate_pair_ngrams, {"orders": ngrams.ORDERS}, fingerprint=_of_pairs, headline=r".*/(all|mean over phenomena)"
     ),
     "zero_shot": Suite(evaluate_zero_shot, {}, of_tasks=True, of_corpus=False),
     "probes": Suite(

@@ -91,13 +91,14 @@ class Drawing:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A run of a cell. place: the point's name, or after reading its folder; metric: of this row, where it is another
-    than the column's."""
+    """A run of a cell. place: the point's name, or after reading its folder; metric, suite: of this row, where they are
+    others than the column's."""
 
     place: str
     seed: int
     head: int = 0
     metric: str = ""
+    suite: str = ""
 
 
 @dataclasses.dataclass
@@ -121,9 +122,11 @@ class Study:
     models: list[str] = dataclasses.field(default_factory=list)
     cells: dict[tuple[str, str], list[Cell]] = dataclasses.field(default_factory=dict)
 
-    def cell(self, row: str, column: str, point: str, seed: int, head: int = 0, metric: str = "") -> None:
+    def cell(
+        self, row: str, column: str, point: str, seed: int, head: int = 0, metric: str = "", suite: str = ""
+    ) -> None:
         """Notes that a point is a run of the cell."""
-        self.cells.setdefault((row, column), []).append(Cell(point, seed, head, metric))
+        self.cells.setdefault((row, column), []).append(Cell(point, seed, head, metric, suite))
 
     def column(self, name: str) -> Column:
         return next(column for column in self.columns if column.name == name)
@@ -193,7 +196,8 @@ def read(folder: epath.PathLike) -> Study:
         study.claims = [Claim(**{**one, "terms": tuple(map(tuple, one["terms"]))}) for one in values["claims"]]
         study.drawings = [Drawing(**one) for one in values["drawings"]]
         for one in values["cells"]:
-            study.cell(one["row"], one["column"], place(one["place"]), one["seed"], one["head"], one["metric"])
+            where = (one["row"], one["column"], place(one["place"]), one["seed"], one["head"])
+            study.cell(*where, one["metric"], one.get("suite", ""))
         study.models = [place(model) for model in values["models"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder / FILE} holds no study ({type(error).__name__}: {error})") from None
@@ -232,8 +236,7 @@ class Results:
         }
 
     def _value(self, cell: Cell, column: Column) -> Value | None:
-        if cell.metric:
-            column = dataclasses.replace(column, metric=cell.metric)
+        column = dataclasses.replace(column, metric=cell.metric or column.metric, suite=cell.suite or column.suite)
         rows = [row for row in self._read(cell.place) if _fits(row, column)]
         if not rows:
             return None

@@ -12,6 +12,7 @@ import pytest
 from etils import epath
 from test_experiments import GOLDEN, REPOSITORY, check
 
+from experiments import transfer
 from experiments.ablations import common
 from launch import sweep
 from plm.data.tasks import TASKS
@@ -31,14 +32,14 @@ FREE = re.compile(
 )
 
 
-def read(name: str, arguments: str, monkeypatch, seeds: int = 1) -> tuple[list, Study]:
+def read(name: str, arguments: str, monkeypatch, seeds: int = 1, folder: str = "ablations/") -> tuple[list, Study]:
     monkeypatch.chdir(REPOSITORY)
     overrides = {} if arguments.startswith("tiny") else {"data.source": "text:books"}
     if not overrides or name in ("elmo_state",):
         given = overrides
     else:
         given = overrides | {"data.task.files": "DATA/{task}"}
-    return sweep.read_points(f"experiments/ablations/{name}.py:{arguments}", epath.Path("runs/here"), given, seeds)
+    return sweep.read_points(f"experiments/{folder}{name}.py:{arguments}", epath.Path("runs/here"), given, seeds)
 
 
 def described(study: Study) -> str:
@@ -62,8 +63,27 @@ def test_golden_ablation(name, arguments, monkeypatch):
     check(GOLDEN / "ablations" / f"{name}-{arguments.replace(',', '-')}.txt", text)
 
 
+@pytest.mark.parametrize("budget", transfer.BUDGETS)
+def test_golden_transfer(budget, monkeypatch):
+    """experiments/transfer.py is a study of the same kind; its rates come from as many trials for every way."""
+    points, study = read("transfer", budget, monkeypatch, folder="")
+    sweep.validate(points)
+    text = "".join(point.text() + "\n" for point in points) + "\n" + described(study)
+    check(GOLDEN / "ablations" / f"transfer-{budget}.txt", text)
+    tuning, none = read("transfer", f"{budget},stage=tuning", monkeypatch, folder="")
+    assert none is None
+    sweep.validate(tuning)
+    trials = {way: sum(point.name.startswith(f"{way}-") for point in tuning) for way in transfer.TUNED[budget]}
+    trials = {
+        way: n - sum(trials[other] for other in trials if other.startswith(f"{way}-")) for way, n in trials.items()
+    }
+    assert set(trials.values()) == {12}
+    assert {point.overrides["seed"] for point in tuning} == {transfer.SEED}
+
+
 def test_golden_has_no_other_ablation():
     expected = {f"{name}-{arguments.replace(',', '-')}.txt" for name, arguments in ARGUMENTS}
+    expected |= {f"transfer-{budget}.txt" for budget in transfer.BUDGETS}
     assert {path.name for path in (GOLDEN / "ablations").iterdir()} == expected
 
 

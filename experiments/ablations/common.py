@@ -25,15 +25,18 @@ BUDGETS = ("tiny", "small", "paper")
 ABOUT = {
     "tiny": "2 layers x 128, about a million tokens of the documentation inside CPython, tasks made of its docstrings:"
     " minutes on two CPU cores",
+    "laptop": "the presets laptop, your text, your tasks: hours to days on two CPU cores",
     "small": "8 layers x 384, 295 million pieces (ELMo: 184 million words) of text: an hour on one accelerator",
     "paper": "the paper's own recipe",
 }
-SEEDS = {"tiny": (5, 1), "small": (5, 3), "paper": (1, 1)}  # of pretraining, and of heads in each
+SEEDS = {"tiny": (5, 1), "laptop": (3, 1), "small": (5, 3), "paper": (1, 1)}  # of pretraining, and of heads in each
 FINETUNE = "experiments/finetune.py"
 KINDS = {
     "single": "single texts",
     "pair": "pairs of texts",
     "alike": "like texts",
+    "similarity": "similarity",
+    "word": "words in context",
     "choice": "choices",
     "tagging": "words",
     "span": "spans",
@@ -81,6 +84,7 @@ PRESETS = {
     ("elmo", "tiny"): ("tiny", {}),
     ("gpt", "tiny"): ("tiny", {}),
     ("bert", "tiny"): ("tiny", {}),
+    **{(paper, "laptop"): ("laptop", {}) for paper in ("elmo", "gpt", "bert")},
     ("elmo", "small"): ("small", _SMALL["elmo"]),
     ("gpt", "small"): ("small", {}),
     ("bert", "small"): ("base", _SMALL["bert"]),
@@ -126,7 +130,7 @@ class Quantity:
     metric: str = ""
 
     def task(self, budget: str) -> str:
-        return {"tiny": EMBEDDED[self.kind], "small": self.small, "paper": self.paper}[budget]
+        return {"tiny": EMBEDDED.get(self.kind, ""), "paper": self.paper}.get(budget, self.small)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,9 +165,10 @@ class Maker:
         rows: Sequence[tuple[str, str]],
         numbers: Mapping[str, Mapping[str, float]] | None = None,
         quantities: Sequence[Quantity] = (),
+        budgets: Sequence[str] = BUDGETS,
         **options,
     ):
-        self.given = configs.arguments(arguments, budget=BUDGETS, **options)
+        self.given = configs.arguments(arguments, budget=tuple(budgets), **options)
         self.budget, self.add = self.given.budget, add
         seeds, self.heads = SEEDS[self.budget]
         self.seeds = range(add.seeds or seeds)
@@ -288,7 +293,7 @@ class Maker:
         tuned: whose rate and duration, by default what the way says ("paper" and "full": GPT's).
         """
         tuned = tuned or {"bert": "bert", **dict.fromkeys(FROZEN_WAYS, "frozen")}.get(way, "gpt")
-        settings = {**TUNED[self.budget, tuned], **(overrides or {})}
+        settings = {**TUNED.get((self.budget, tuned), {}), **(overrides or {})}
         names = []
         for seed in self.seeds:
             for head in range(self.heads):

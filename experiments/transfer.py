@@ -1,0 +1,135 @@
+"""Each model on a task of each kind, in its paper's way, beside features, and beside the same model from scratch.
+
+    python -m launch.sweep --config=experiments/transfer.py:tiny --root=runs/transfer
+    python -m launch.sweep --config=experiments/transfer.py:laptop --root=runs/transfer --workers=2 \\
+        --config.data.source='text:BOOKS/*.txt.xz' --config.data.task.files='DATA/{task}'
+    python -m launch.sweep --config=experiments/transfer.py:laptop,stage=tuning ...      # the rates of `TUNED`
+    python -m plm.report runs/transfer
+
+| budget | points | hardware, time | expected |
+| --- | --- | --- | --- |
+| tiny | 15 pretraining, 250 on tasks | 2 CPU cores, two hours | docs/transfer.md |
+| laptop | 9 pretraining, 210 on tasks | 2 CPU cores, two days | docs/transfer.md |
+| small | 15 pretraining, 1050 on tasks | one accelerator, half a day | not measured yet |
+
+`laptop` takes the presets of that name, which read 20 to 100 million tokens of your text in hours on one core; tasks
+that are large for it use a fixed part of their training examples (`PARTS`). Controls (protocol 13): every model from
+scratch by the same way, random features under ELMo's BiLSTM, and word2vec on the pretraining text under it. Every way
+has rates and durations of its own, the controls too, chosen by the same number of trials with a pretraining seed that
+the table does not use (`stage=tuning`); the best epoch on the selection part is reported (protocol 9).
+"""
+
+from experiments.ablations.common import FINETUNE, PRESETS, Maker, Quantity
+from plm.reporting.studies import difference
+
+BUDGETS = ("tiny", "laptop", "small")
+QUANTITIES = (
+    Quantity("single", "single texts", "single", small="sst2"),
+    Quantity("pair", "pairs", "alike", small="mrpc", metric="accuracy"),
+    Quantity("similarity", "similarity", "similarity", small="stsb"),
+    Quantity("choice", "choices", "choice", small="dream"),
+    Quantity("tagging", "tags", "tagging", small="ud_ewt"),
+    Quantity("span", "spans", "span", small="squad"),
+    Quantity("word", "words in context", "word", small="mclwic"),
+)
+PARTS = {"laptop": {"dream": 0.25, "ud_ewt": 0.5, "squad": 0.05}}  # of the training examples
+# Row -> label, the model that it starts from, way, whose rate and duration, from scratch.
+ROWS = {
+    "elmo": ("ELMo: frozen, mix, BiLSTM", "elmo", "paper", "frozen", False),
+    "elmo-tuned": ("ELMo, tuned", "elmo", "full", "elmo", False),
+    "gpt": ("GPT", "gpt", "paper", "gpt", False),
+    "bert": ("BERT", "bert", "paper", "bert", False),
+    "bert-features": ("BERT: frozen, mix, BiLSTM", "bert", "features", "frozen", False),
+    "elmo-scratch": ("ELMo, tuned, from scratch", "elmo", "full", "elmo-scratch", True),
+    "gpt-scratch": ("GPT, from scratch", "gpt", "paper", "gpt-scratch", True),
+    "bert-scratch": ("BERT, from scratch", "bert", "paper", "bert-scratch", True),
+    "elmo-random": ("random features, mix, BiLSTM", "elmo", "paper", "frozen", True),
+    "word2vec": ("word2vec, BiLSTM", "elmo", "features", "frozen", False),
+}
+CONTROLS = ("elmo-scratch", "gpt-scratch", "bert-scratch", "elmo-random", "word2vec")
+# Peak rate and epochs of each way, to be chosen by stage=tuning; laptop and small have those of tiny until they are.
+TUNED = {
+    "tiny": {
+        "frozen": (3e-3, 6.0),
+        "gpt": (1e-3, 6.0),
+        "bert": (3e-4, 6.0),
+        "elmo": (1e-3, 6.0),
+        "gpt-scratch": (1e-3, 6.0),
+        "bert-scratch": (3e-4, 6.0),
+        "elmo-scratch": (1e-3, 6.0),
+    },
+}
+TUNED |= dict.fromkeys(("laptop", "small"), TUNED["tiny"])
+RATES = (1e-4, 3e-4, 1e-3)
+FROZEN_RATES = (1e-3, 3e-3, 1e-2)
+EPOCHS = (3.0, 6.0)
+SEED = 1000  # of the pretraining that rates are tried on
+
+
+def sweep(add, arguments: str = ""):
+    make = Maker(
+        add,
+        arguments,
+        name="transfer",
+        title="Each model in its paper's way, on a task of each kind",
+        source="ways as in the papers; models and tasks are ours",
+        rows=(),
+        quantities=QUANTITIES,
+        budgets=BUDGETS,
+        stage=("table", "tuning"),
+    )
+    if make.given.stage == "tuning":
+        _tuning(make)
+        return None
+    models = {paper: make.pretrain(paper, paper) for paper in ("elmo", "gpt", "bert")}
+    for row, (label, paper, way, tuned, scratch) in ROWS.items():
+        make.row(row, label, control=row in CONTROLS)
+        for on in make.on_tasks:
+            rate, epochs = TUNED[make.budget][tuned]
+            settings = {"optimizer.peak_lr": rate, "total_epochs": epochs} | _settings(make, row, on, scratch)
+            make.finetune(row, on, models[paper], way, settings, arguments="select=best")
+    columns = make.columns()
+    for paper, text in (("elmo", "ELMo"), ("gpt", "GPT"), ("bert", "BERT")):
+        control = f"{paper}-scratch"
+        pretrained = "elmo-tuned" if paper == "elmo" else paper
+        terms = difference(pretrained, control, *columns)
+        make.claim("pretraining", f"{text}: pretrained is better than from scratch", terms, standardised=True)
+    frozen = difference("elmo", "word2vec", *columns)
+    make.claim("context", "ELMo's features are better than word2vec's", frozen, standardised=True)
+    return make.study
+
+
+def _settings(make: Maker, row: str, on, scratch: bool) -> dict:
+    settings: dict = {"init.keep": "nothing"} if scratch else {}
+    if (part := PARTS.get(make.budget, {}).get(on.task, 1.0)) < 1:
+        settings["data.task.fraction"] = part
+    if row == "word2vec":
+        text = make.add.given("data.source") or "pydocs#without_tasks"
+        settings |= {f"objectives.{on.objective}.reads": "vectors", "data.task.vectors": f"word2vec:{text}"}
+    return settings
+
+
+def _tuning(make: Maker) -> None:
+    """Each way on single texts and on words: three rates x two durations."""
+    models = {}
+    for paper in ("elmo", "gpt", "bert"):
+        preset, settings = PRESETS[paper, make.budget]
+        defaults = {"data.source": "pydocs#without_tasks"} if make.budget == "tiny" else None
+        options = {"file": f"experiments/{paper}.py", "defaults": defaults, "shared": True}
+        models[paper] = make.add(f"{make.budget}-{paper}-seed{SEED}", preset, {**settings, "seed": SEED}, **options)
+    tasks = [on for on in make.on_tasks if on.kind in ("single", "tagging")]
+    for tuned in TUNED[make.budget]:
+        row = next(row for row, own in ROWS.items() if own[3] == tuned)
+        _, paper, way, _, scratch = ROWS[row]
+        for on in tasks:
+            for rate in FROZEN_RATES if tuned == "frozen" else RATES:
+                for epochs in EPOCHS:
+                    own = {"optimizer.peak_lr": rate, "total_epochs": epochs, "seed": SEED}
+                    make.add(
+                        f"{tuned}-{on.task}-lr{rate:g}-epochs{epochs:g}",
+                        f"{on.task},way={way},select=best",
+                        own | _settings(make, row, on, scratch),
+                        file=FINETUNE,
+                        start=models[paper],
+                        measure=("--suite=task",),
+                    )

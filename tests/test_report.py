@@ -15,7 +15,7 @@ import pytest
 
 from plm.analysis.pseudo_words import Occurrence, Pair, evaluate
 from plm.errors import UserError
-from plm.reporting import page, runs, tables
+from plm.reporting import page, plots, runs, tables
 from plm.reporting.statistics import bootstrap_interval, smallest_p, summarise
 
 VOCABULARIES = {
@@ -25,11 +25,12 @@ VOCABULARIES = {
 }
 SHARED = {"fingerprint": "bytes-1", "kind": "byte_bpe", "size": 8192, "lossless": True}
 OBJECTIVES = {"gpt": ["causal"], "elmo": ["bidirectional"], "bert": ["masked", "next_sentence"]}
+CORPUS, COMMIT = "b8c3ce655e742d829615118912a91b31", "9daca77d2a1acb52833a2fde938a1deb62305f3f"
 BASELINES = {1: 6.6, 2: 4.9, 3: 4.5, 5: 4.4}
 
 
 def make_run(
-    folder: Path, kind: str, *, seed: int = 0, steps: int = 600, total: int = 600, corpus: str = "pydocs-abc",
+    folder: Path, kind: str, *, seed: int = 0, steps: int = 600, total: int = 600, corpus: str = CORPUS,
     tokenizer: dict | None = None, lr: float = 1e-3, extras: bool = True, **record,
 ) -> Path:  # fmt: skip
     """A workdir as the commands write it: metrics every 10 steps, held-out ones every 50."""
@@ -55,11 +56,11 @@ def make_run(
                        **({"heads": 41_000} if kind != "gpt" else {}),
                        **({"softmax": 1_161_000} if kind == "elmo" else {})},
         "tokens_per_step": 2048, "total_steps": total, "seeds": {"init": seed, "data": seed},
-        "corpus": {"fingerprint": corpus, "source": "pydocs", "licence": "PSF-2.0"},
+        "corpus": {"fingerprint": corpus, "source": "pydocs#without_tasks", "licence": "PSF-2.0"},
         "tokenizer": tokenizer, "store": store,
         "flops_per_step": 9.1e9, "status": "complete" if steps >= total else "running",
         "command": f"python -m plm.train --config=experiments/compare.py:tiny --workdir={folder.name}",
-        "commit": "0e5ac4b", "uncommitted": None, "versions": {"jax": "0.10.2", "flax": "0.12.8"},
+        "commit": COMMIT, "uncommitted": None, "versions": {"jax": "0.10.2", "flax": "0.12.8"},
         "devices": {"kind": "cpu", "platform": "cpu", "count": 2, "processes": 1},
         "started": f"2025-01-0{1 + seed % 9}T10:00:00Z",
     } | record  # fmt: skip
@@ -145,7 +146,7 @@ class Reader(html.parser.HTMLParser):
         assert self.open == []
 
     def handle_starttag(self, tag, attributes):
-        if tag not in ("meta", "link", "br"):
+        if tag not in ("meta", "link", "br", "wbr"):
             self.open.append(tag)
         self.addresses += [v for k, v in attributes if k in ("src", "href", "xlink:href") and v]
 
@@ -159,9 +160,8 @@ class Reader(html.parser.HTMLParser):
         self.text.append(data)
 
 
-@pytest.fixture(scope="module")
-def native(tmp_path_factory):
-    root = tmp_path_factory.mktemp("native")
+def write_runs(root: Path) -> Path:
+    """Three models, one with seeds; a failed run, a young one and one that never started."""
     for seed in (0, 1, 2):
         make_run(root / f"gpt-{seed}", "gpt", seed=seed)
     make_run(root / "elmo", "elmo")
@@ -173,6 +173,11 @@ def native(tmp_path_factory):
     (root / "gpt-0" / "checkpoints" / "100").mkdir(parents=True)
     (root / "gpt-0" / "checkpoints" / "100" / "config.json").write_text("{}")  # no workdir of its own
     return root
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory):
+    return write_runs(tmp_path_factory.mktemp("native"))
 
 
 def found(root):
@@ -281,6 +286,13 @@ def test_axes_count_text_not_padding_and_go_on_between_logged_steps(tmp_path):
     steps = np.array([0, 5, 10, 15, 20])
     np.testing.assert_allclose(run.at("tokens", steps), np.array([0, 0.25, 0.5, 0.75, 1.0]) * 611_000)
     np.testing.assert_allclose(run.at("seconds", steps), [0, 2, 4, 5, 6])
+    np.testing.assert_allclose(run.at("flops", steps), 9.1e9 * steps)
+    figure = plots.curves(tables.panels(runs.arms([run]))[0], plots.looks(runs.arms([run])))
+    assert [label for _, label in plots.AGAINST if label not in figure.svg] == []
+    assert "not logged" not in figure.svg
+    del run.record["flops_per_step"]
+    assert run.flops is None
+    assert "not logged" in plots.curves(tables.panels(runs.arms([run]))[0], plots.looks(runs.arms([run]))).svg
 
 
 def test_broken_and_young_runs_do_not_stop_the_page(tmp_path):

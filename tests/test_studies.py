@@ -70,10 +70,9 @@ def write_task(folder: Path, right: np.ndarray, seed: int) -> None:
     (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"torn')
 
 
-@pytest.fixture
-def root(tmp_path):
-    """A finished sweep, its pretraining runs in a folder beside it."""
-    root, shared, study = tmp_path / "root", tmp_path / "shared", study_of()
+def write_sweep(folder: Path, study: Study) -> dict[str, Path]:
+    """A finished sweep in folder/root, its pretraining runs in a folder beside it: {point: workdir}."""
+    root, shared = folder / "root", folder / "shared"
     rng = np.random.default_rng(0)
     workdirs = {}
     for seed in SEEDS:
@@ -82,15 +81,26 @@ def root(tmp_path):
             workdirs[f"{row}-seed{seed}"] = root / f"{row}-seed{seed}"
             write_task(root / f"{row}-seed{seed}", (hard < share + 0.01 * rng.standard_normal()).astype(float), seed)
         for row, perplexity in (("new", 20.0), ("old", 24.0), ("random", 90.0)):
-            folder = make_run(shared / f"model-{row}-seed{seed}", "bert", seed=seed, extras=False)
+            run = make_run(shared / f"model-{row}-seed{seed}", "bert", seed=seed, extras=False)
             value = perplexity + 0.2 * rng.standard_normal()
             line = {"suite": "pretraining", "metric": "masked_perplexity", "split": "valid", "step": 600, "n": 9}
-            with (folder / "results.jsonl").open("a") as file:
+            with (run / "results.jsonl").open("a") as file:
                 file.write(json.dumps(line | {"value": value}) + "\n")
-            workdirs[f"model-{row}-seed{seed}"] = folder
+            workdirs[f"model-{row}-seed{seed}"] = run
+    write_study(root, study, workdirs)
+    return workdirs
+
+
+def write_study(root: Path, study: Study, workdirs: dict[str, Path]) -> None:
     record = study.record({name: epath.Path(path) for name, path in workdirs.items()}, epath.Path(root))
+    root.mkdir(exist_ok=True)
     (root / "study.json").write_text(json.dumps(record))
-    return root
+
+
+@pytest.fixture
+def root(tmp_path):
+    write_sweep(tmp_path, study_of())
+    return tmp_path / "root"
 
 
 def test_cells_are_found_wherever_their_runs_lie(root):
@@ -113,6 +123,8 @@ def test_verdicts_with_intervals(root):
     assert first["ours"].mean == pytest.approx(15, abs=5)
     assert first["pretraining runs"] == 5
     assert first["sign-flip p"] == 0.0625
+    ours = next(column for column in table.columns if column.name == "ours")
+    assert re.fullmatch(r"\+\d+\.\d ± \d+\.\d", ours.text(first["ours"])), "a deviation has no sign"
     low, high = map(float, first["95% interval"].split(" to "))
     assert low < first["ours"].mean < high
     assert by_claim["C2"]["ours"].mean == pytest.approx(4, abs=0.5), "less perplexity is more"
@@ -128,6 +140,7 @@ def test_ours_beside_the_papers(root):
     table = study_tables.cells_table(results)
     assert [column.name for column in table.columns] == ["arm", "SST-2", "SST-2, paper", "perplexity"]
     assert table.rows[0][2] == 92.7
+    assert table.columns[2].text(table.rows[1][2]) == "90.0", "as many digits as ours"
     assert table.rows[2][2] is None
     assert table.muted == {2}
     assert "SST-2: here sst2, accuracy." in table.note

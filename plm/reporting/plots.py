@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from plm.reporting.runs import Arm, Run, is_finite
 from plm.reporting.studies import Drawing, Results
@@ -23,6 +23,13 @@ INK, FAINT, GRID = "#1b1f24", "#5b6570", "#d9dee3"
 # Okabe & Ito (2008), without yellow, which is lost on white; black comes last.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#333333")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# What a curve is drawn against: an axis of `Run.at`, and its label.
+AGAINST = (
+    ("step", "steps"),
+    ("tokens", "tokens of text read"),
+    ("flops", "training FLOPs by formula"),
+    ("seconds", "wall time"),
+)
 DASHES = ("-", "--", "-.", ":")
 NAMED_BEST = 14  # more arms than this share colours by architecture and objective
 
@@ -86,13 +93,16 @@ def looks(all_arms: Sequence[Arm]) -> dict[str, Look]:
 
 
 def curves(panel: Panel, look: dict[str, Look]) -> Figure:
-    """Held-out loss of one panel against steps, tokens and wall time, with the n-grams as levels."""
+    """Held-out loss of one panel against steps, tokens, training FLOPs and wall time, with the n-grams as levels."""
     n_lines = sum(len(arm.runs) for arm in panel.arms)
     n_points = 200 if n_lines <= 20 else 60
     with mpl.rc_context(STYLE):
-        canvas = Canvas(figsize=(10, 3.5))
-        axes = canvas.subplots(1, 3, sharey=True)
-        values, ends, longest = [], [], 0.0
+        canvas = Canvas(figsize=(10, 6))
+        axes = canvas.subplots(2, 2, sharey=True)
+        by_axis = dict(zip([name for name, _ in AGAINST], axes.flat, strict=True))
+        seconds, unit = _time_scale(max((run.seconds or 0 for arm in panel.arms for run in arm.runs), default=0))
+        scales = {"seconds": seconds}
+        values, ends = [], []
         drawn: dict[str, object] = {}
         has_train = False
         for arm in panel.arms:
@@ -101,23 +111,23 @@ def curves(panel: Panel, look: dict[str, Look]) -> Figure:
                 key = panel.measure.value_key(run)
                 if key is None:
                     continue
-                longest = max(longest, run.seconds or 0)
                 steps, held_out = run.series(key)
                 values.append(held_out)
                 ends.append(held_out[-1])
                 train_steps, train = ([], []) if n_lines > 8 else run.series(key.replace("eval/", "train/"))
                 has_train |= len(train_steps) > 3
-                for axis, name in zip(axes, ("step", "tokens", "seconds"), strict=True):
+                for name, axis in by_axis.items():
+                    scale = scales.get(name, 1)
                     if len(train_steps):
                         x, y = _binned(run, name, train_steps, train, n_points)
                         if x is not None:
-                            axis.plot(x, y, color=style.colour, linewidth=0.8, alpha=0.45)
+                            axis.plot(x / scale, y, color=style.colour, linewidth=0.8, alpha=0.45)
                     kept = _spread(len(steps), n_points)
                     x = run.at(name, steps[kept])
                     if x is None:
                         continue
                     (line,) = axis.plot(
-                        x,
+                        x / scale,
                         held_out[kept],
                         color=style.colour,
                         linestyle=style.dash,
@@ -128,22 +138,22 @@ def curves(panel: Panel, look: dict[str, Look]) -> Figure:
                     )
                     drawn.setdefault(style.label, line)
         low, high = _limits(values, ends, panel.baselines)
-        scale, unit = _time_scale(longest)
-        for axis, label in zip(axes, ("steps", "tokens of text read", f"wall time ({unit})"), strict=True):
-            axis.set_xlabel(label)
+        for (name, label), axis in zip(AGAINST, axes.flat, strict=True):
+            axis.set_xlabel(f"{label} ({unit})" if name == "seconds" else label)
             axis.set_ylim(low, high)
-            axis.set_xlim(left=0)
-            axis.xaxis.set_major_locator(MaxNLocator(5))
+            axis.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 2.5, 5, 10)))
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: quantity(x) if x else "0"))
+            if axis.lines:
+                axis.set_xlim(left=0)
+            else:
+                axis.set_xticks([])
+                axis.text(0.5, 0.5, "not logged", transform=axis.transAxes, ha="center", color=FAINT)
             for value in panel.baselines.values():
                 if low <= value <= high:
                     axis.axhline(value, color=FAINT, linewidth=0.9, linestyle=(0, (1, 2)))
-        axes[0].set_ylabel(panel.measure.unit)
-        axes[0].xaxis.set_major_formatter(FuncFormatter(lambda x, _: quantity(x) if x else "0"))
-        axes[1].xaxis.set_major_formatter(FuncFormatter(lambda x, _: quantity(x) if x else "0"))
-        axes[2].xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / scale:.3g}"))
-        if not axes[2].lines or all(len(line.get_xdata()) == 2 for line in axes[2].lines):
-            axes[2].text(0.5, 0.5, "no times logged", transform=axes[2].transAxes, ha="center", color=FAINT)
-        _level_names(axes[2], panel.baselines, low, high)
+        for left, right in axes:
+            left.set_ylabel(panel.measure.unit)
+            _level_names(right, panel.baselines, low, high)
         _legend(canvas, drawn)
         svg = _svg(canvas)
     note = "Lines with markers: held-out text. " if n_lines <= 20 else "Held-out text; one line a run. "
@@ -317,7 +327,7 @@ def study_figure(results: Results, drawing: Drawing, name: str) -> Figure | None
         axes[0].set_xlabel(drawing.x_label)
         axes[0].set_ylabel(drawing.y_label or f"{columns[0].unit}")
         if drawing.logarithmic:
-            axes[0].set_xscale("log")
+            _logarithmic(axes[0])
         if drawing.paper:
             axes[0].set_title("ours", loc="left")
             axes[1].set_title("the paper's", loc="left")
@@ -329,7 +339,7 @@ def study_figure(results: Results, drawing: Drawing, name: str) -> Figure | None
                 (line,) = axes[1].plot(x, y, color=COLOURS[style], marker=MARKERS[style], linestyle="--")
                 drawn.setdefault(label, line)
             if drawing.logarithmic:
-                axes[1].set_xscale("log")
+                _logarithmic(axes[1])
         if not drawing.paper:
             canvas.set_size_inches(7, 3.6)
         _legend(canvas, drawn)
@@ -339,6 +349,16 @@ def study_figure(results: Results, drawing: Drawing, name: str) -> Figure | None
         f"Budget {study.budget}. Mean over up to {most} pretraining runs; bars: standard deviation." if most > 1 else ""
     )
     return Figure(name, drawing.title, svg, note or f"Budget {study.budget}. One pretraining run for each arm.")
+
+
+def _logarithmic(axis) -> None:
+    """Plain numbers, few enough not to touch: matplotlib's own names for the ticks of few decades do."""
+    axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    subs = (1.0, 2.0, 5.0) if high < 300 * low else (1.0,)
+    axis.xaxis.set_major_locator(LogLocator(subs=subs))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.6g}" if x < 1e4 else quantity(x)))
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _spread_of(results: Results, row: str, columns: Sequence) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -422,7 +442,7 @@ def _level_names(axis, baselines: dict[int, float], low: float, high: float) -> 
     inside = sorted((value, order) for order, value in baselines.items() if low <= value <= high)
     lowest = -np.inf
     for value, order in inside:
-        y = max(value, lowest + 0.055 * (high - low))
+        y = max(value, lowest + 0.065 * (high - low))
         lowest = y
         _at_right(axis, y, f"{ngram_name(order)} {value:.2f}")
 

@@ -162,9 +162,13 @@ class Run:
         return axes
 
     def at(self, axis: str, steps: np.ndarray) -> np.ndarray | None:
-        """Steps as `step`, `tokens` or `seconds`; between logged steps interpolated; None where the run has none."""
+        """Steps as `step`, `tokens`, `flops` or `seconds`; between logged steps interpolated; None where the run has
+        none."""
         if axis == "step":
             return steps
+        if axis == "flops":
+            per_step = self.get("flops_per_step")
+            return steps * per_step if per_step else None
         n_tokens = self.get("store", "train", "n_tokens")
         factor, key = 1, "seconds"
         if axis == "tokens":
@@ -213,6 +217,14 @@ class Run:
         if self.last_step is None:
             return None
         at = self.at("tokens", np.array([self.last_step]))
+        return None if at is None else float(at[0])
+
+    @property
+    def flops(self) -> float | None:
+        """Of training, by formula."""
+        if self.last_step is None:
+            return None
+        at = self.at("flops", np.array([self.last_step]))
         return None if at is None else float(at[0])
 
     @property

@@ -46,7 +46,7 @@ def cells_table(results: Results) -> Table | None:
     columns: list[Column] = [Column("arm")]
     for one in shown:
         columns.append(Column(one.label, one.unit, f".{one.digits}f", interval=True))
-        columns.append(Column(f"{one.label}, paper", one.unit, "g"))
+        columns.append(Column(f"{one.label}, paper", one.unit, f".{one.digits}f"))
     rows, muted = [], set()
     for number, row in enumerate(study.rows):
         cells: list[Any] = [row.label]
@@ -267,4 +267,4 @@ def overview(all_results: Sequence[Results]) -> Table | None:
         Column("pretraining runs", "", ".0f"),
         Column("verdict"),
     ]
-    return Table("claims", "Every claim and its verdict", columns, rows).without_empty_columns()
+    return Table("claims", "Every claim and its verdict", columns, rows, compact=True).without_empty_columns()

@@ -36,7 +36,7 @@ class Column:
         if value is None:
             return "—"
         if isinstance(value, Summary):
-            spread = f" ± {self.number(value.sd)}" if value.sd else ""
+            spread = f" ± {self.spread(value)}" if value.sd else ""
             return f"{self.number(value.mean)}{spread}"
         return self.number(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
@@ -50,6 +50,10 @@ class Column:
         if self.interval and value.interval:
             text += f"; 95% interval {self.number(value.interval[0])} to {self.number(value.interval[1])}"
         return text
+
+    def spread(self, value: Summary) -> str:
+        """A deviation has no sign, whatever its column's numbers have."""
+        return self.number(value.sd).lstrip("+")
 
     def number(self, value: float) -> str:
         if not math.isfinite(value):
@@ -104,7 +108,7 @@ class Table:
 
         def cell(column: Column, value: Any) -> str:
             if isinstance(value, Summary):
-                spread = f" \\pm {column.number(value.sd)}" if value.sd else ""
+                spread = f" \\pm {column.spread(value)}" if value.sd else ""
                 return f"${column.number(value.mean)}{spread}$".replace("−", "-")
             return escape(column.text(value))
 
@@ -502,10 +506,6 @@ def cost_table(all_arms: Sequence[Arm]) -> Table:
         n_tokens = run.get("store", "train", "n_tokens")
         return run.tokens / n_tokens if n_tokens and run.tokens is not None else None
 
-    def flops(run: Run) -> float | None:
-        per_step = run.get("flops_per_step")
-        return per_step * run.last_step if per_step and run.last_step is not None else None
-
     def times(factor: float, value: float | None) -> float | None:
         return None if value is None else factor * value
 
@@ -517,7 +517,7 @@ def cost_table(all_arms: Sequence[Arm]) -> Table:
             arm.summary(lambda run: run.tokens),
             arm.summary(lambda run: scaled(run, "n_bytes")),
             arm.summary(passes),
-            arm.summary(flops),
+            arm.summary(lambda run: run.flops),
             arm.summary(lambda run: run.seconds),
             arm.summary(lambda run: run.median("train/tokens_per_second")),
             arm.summary(lambda run: times(1000, run.median("train/step_seconds"))),

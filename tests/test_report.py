@@ -193,6 +193,7 @@ def test_the_page_stands_alone(native):
     words = " ".join(read.text)
     assert "example <b>shows & tells</b>" in words, "samples are escaped, not interpreted"
     assert text.count("<svg") >= 7
+    assert "<title>Language models compared</title>" in text
     assert page.html(page.prepare([found(native)])) == text, "the same runs give the same page, byte for byte"
 
 

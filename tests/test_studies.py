@@ -192,7 +192,7 @@ def test_the_page_and_its_bundle(root, tmp_path):
     done = report(root, f"--bundle={tmp_path / 'b.tar'}", "--export=csv,tex,md,svg")
     assert done.returncode == 0, done.stderr
     text = (root / "report.html").read_text()
-    assert "A table of &lt;ours&gt;" in text
+    assert "<title>A table of &lt;ours&gt;</title>" in text, "the page is about its study"
     assert "reproduced" in text
     assert 'title="n = 5: ' in text, "every seed where the pointer rests"
     assert "Reproducibility" in text

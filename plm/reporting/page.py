@@ -7,6 +7,7 @@ elsewhere. Everything that comes from a run passes `html.escape`.
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -81,20 +82,25 @@ def sections(runs: Sequence[Run]) -> list[Section]:
 
 @dataclass
 class Part:
-    """The runs of one corpus and their sections. mark: begins the names of its files."""
+    """The runs of one corpus, or the studies, and their sections. mark: begins the names of its files; studies: their
+    titles."""
 
     runs: Sequence[Run]
     heading: str
     sections: list[Section]
     mark: str = ""
+    studies: Sequence[str] = ()
 
 
 def of_studies(all_results: Sequence[Results], runs: Sequence[Run]) -> Part:
     """The studies first, then what their runs are. runs: those on tasks, which are cells of them."""
+    titles = [results.study.title for results in all_results]
     found = [Section("Claims", CLAIMS, [study_tables.overview(all_results)])] if len(all_results) > 1 else []
     for results in all_results:
         study = results.study
-        section = Section(study.title, f"{study.source}. Budget {study.budget}: {study.about}.")
+        title = study.title if len(titles) > 1 else "Results"  # the page has the title of its only study
+        title += f", budget {study.budget}" if titles.count(title) > 1 else ""
+        section = Section(title, f"{study.source}. Budget {study.budget}: {study.about}.")
         section.blocks = [study_tables.facts_table(study), study_tables.cells_table(results)]
         section.blocks.append(study_tables.claims_table(results))
         for number, drawing in enumerate(study.drawings):
@@ -107,14 +113,17 @@ def of_studies(all_results: Sequence[Results], runs: Sequence[Run]) -> Part:
         for table in listed:
             table.name, table.folded = f"task_{table.name}", True
         found.append(Section("Runs on tasks", "Every started run is listed, failures too.", listed))
-    return Part(runs, "Studies", _kept(found))
+    return Part(runs, "Studies" if len(titles) > 1 else "Study", _kept(found), studies=titles)
 
 
 def _kept(found: Sequence[Section]) -> list[Section]:
-    """Those that hold something, with names to go to."""
+    """Those that hold something, with names to go to, each its own: one study may be there at two budgets."""
+    taken: Counter[str] = Counter()
     for section in found:
         section.blocks = [block for block in section.blocks if block]
-        section.anchor = re.sub(r"\W+", "-", section.title.lower()).strip("-")
+        anchor = re.sub(r"\W+", "-", section.title.lower()).strip("-")
+        taken[anchor] += 1
+        section.anchor = anchor if taken[anchor] == 1 else f"{anchor}-{taken[anchor]}"
     return [section for section in found if section.blocks or section.intro]
 
 
@@ -130,12 +139,21 @@ def prepare(
         name = next((run.get("corpus", "source") for run in runs if run.corpus), "unknown source")
         fingerprint = next((run.corpus for run in runs if run.corpus), "unknown")
         mark = f"corpus{number}_" if len(groups) > 1 else ""
-        parts.append(Part(runs, f"Corpus {number}: {name} (fingerprint {fingerprint})", sections(runs), mark))
+        heading = f"Corpus {number}: {name} (fingerprint {fingerprint[:12]})"
+        parts.append(Part(runs, heading, sections(runs), mark))
     everything = [run for part in parts for run in part.runs]
     statement = Section("Reproducibility", statements.reproducibility(everything, [r.study for r in all_results]))
     statement.blocks = [statements.data_card(everything)]
     parts[-1].sections += _kept([statement])
     return parts
+
+
+def title(parts: Sequence[Part]) -> str:
+    """Of the page: what it is about."""
+    titles = [study for part in parts for study in part.studies]
+    if len(titles) > 1:
+        return f"{len(titles)} studies"
+    return titles[0] if titles else "Language models compared"
 
 
 def html(parts: Sequence[Part]) -> str:
@@ -144,8 +162,8 @@ def html(parts: Sequence[Part]) -> str:
     for number, part in enumerate(parts):
         mark = f"{number}-" if len(parts) > 1 else ""
         if mark:
-            body.append(f'<h1 class="corpus" id="{mark}corpus">{escape(part.heading)}</h1>')
-            links.append(f'<a href="#{mark}corpus"><b>{escape(part.heading)}</b></a>')
+            body.append(f'<h1 class="corpus" id="{mark}corpus">{_breakable(escape(part.heading))}</h1>')
+            links.append(f'<a href="#{mark}corpus"><b>{_breakable(escape(part.heading))}</b></a>')
         for section in part.sections:
             body.append(_section(section, mark))
             links.append(f'<a href="#{mark}{section.anchor}">{escape(section.title)}</a>')
@@ -154,7 +172,7 @@ def html(parts: Sequence[Part]) -> str:
     when = f", started {started[0]}" + (f" to {started[-1]}" if started[-1] != started[0] else "") if started else ""
     complete = sum(run.complete for run in everything)
     return PAGE.substitute(
-        title="Language models compared",
+        title=escape(title(parts)),
         lead=escape(f"{len(everything)} runs, {complete} complete{when}"),
         links="\n".join(links),
         body="\n".join(body),
@@ -165,7 +183,7 @@ def html(parts: Sequence[Part]) -> str:
 
 def markdown(parts: Sequence[Part]) -> str:
     """Every table of the page as Markdown."""
-    lines = ["# Language models compared\n"]
+    lines = [f"# {title(parts)}\n"]
     for part in parts:
         if len(parts) > 1:
             lines.append(f"# {part.heading}\n")
@@ -211,9 +229,10 @@ def _section(section: Section, mark: str) -> str:
 
 def _figure(figure: Figure) -> str:
     note = f'<p class="note">{escape(figure.note)}</p>' if figure.note else ""
+    points = float(re.search(r'viewBox="0 0 ([\d.]+)', figure.svg)[1])
     return (
-        f'<figure><figcaption><b>{escape(figure.title)}</b> <button type="button" class="save" '
-        f'data-name="{escape(figure.name)}.svg">save SVG</button></figcaption>'
+        f'<figure style="--points: {points:g}"><figcaption><b>{escape(figure.title)}</b> '
+        f'<button type="button" class="save" data-name="{escape(figure.name)}.svg">save SVG</button></figcaption>'
         f'<div class="plot" role="img" aria-label="{escape(figure.title)}">{figure.svg}</div>{note}</figure>'
     )
 
@@ -224,7 +243,9 @@ def _table(table: Table) -> str:
     def heading(i: int) -> str:
         column = table.columns[i]
         unit = f' <span class="unit">{escape(column.unit)}</span>' if column.unit else ""
-        return f'<th scope="col"{NUMBER if numeric[i] else ""}>{escape(column.name)}{unit}</th>'
+        length = len(column.name)
+        kinds = [*(["number"] if numeric[i] else []), *(["short"] if length < 13 else ["wide"] if length > 30 else [])]
+        return f'<th scope="col" class="{" ".join(kinds)}">{escape(column.name)}{unit}</th>'
 
     def cell(i: int, value) -> str:
         column = table.columns[i]
@@ -232,9 +253,9 @@ def _table(table: Table) -> str:
         detail = escape(column.detail(value)) if isinstance(value, Summary) and value.n > 1 else ""
         if detail:
             text = f'<span tabindex="0" title="{detail}">{text}</span><span class="values">{detail}</span>'
-        if i == 0:
-            return f'<th scope="row">{text}</th>'
         length = len(text) if isinstance(value, str) else 0
+        if i == 0:
+            return f'<th scope="row"{LABEL if length > 6 else ""}>{_breakable(text)}</th>'
         kind = NUMBER if numeric[i] else LONG if length > 60 else SHORT if length < 30 else ""
         return f"<td{kind}>{text}</td>"
 
@@ -252,6 +273,11 @@ def _table(table: Table) -> str:
     if table.folded:
         return f'<details><summary class="caption">{escape(table.title)}</summary>{body}</details>'
     return f'<p class="caption">{escape(table.title)}</p>{body}'
+
+
+def _breakable(text: str) -> str:
+    """Escaped names of runs and settings wrap after their signs, not inside a word."""
+    return re.sub(r"(?<=[._/=,])(?=[A-Za-z])", "<wbr>", text)
 
 
 def _cards(panels: Sequence[tables.Panel]) -> str:
@@ -320,10 +346,10 @@ def _examples(every: Sequence[Arm]) -> str:
 
 CLAIMS = (
     "A verdict needs five pretraining runs: reproduced or reversed where the 95% interval leaves 0 out, equivalent "
-    "where the 90% interval lies inside the smallest effect of interest, else inconclusive. Rest the pointer on a mean "
-    "to see every seed."
+    "where the 90% interval lies inside the smallest effect of interest, else inconclusive. Rest the pointer on a "
+    "mean, or tap it, to see every seed."
 )
-NUMBER, LONG, SHORT = ' class="number"', ' class="long"', ' class="short"'
+NUMBER, LONG, SHORT, LABEL = (f' class="{name}"' for name in ("number", "long", "short", "label"))
 
 PAGE = Template("""<!doctype html>
 <html lang="en">
@@ -347,14 +373,16 @@ $body
 STYLE = """
 :root { --ink: #1b1f24; --faint: #5b6570; --grid: #d9dee3; --paper: #ffffff; --panel: #f5f7f9; --accent: #0072b2;
   --mark: #d8ecf8; --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #cc79a7; --c4: #e69f00; --c5: #56b4e9;
-  --c6: #333333; }
+  --c6: #333333; --shade: #0003; }
 @media screen and (prefers-color-scheme: dark) { :root {
   --ink: #e8eaed; --faint: #a4adb6; --grid: #353c44; --paper: #14171a; --panel: #1c2024;
   --accent: #7cc4f0; --mark: #24425a; --c0: #4ba6e0; --c1: #f08a3c; --c2: #2fc294; --c3: #e09cc4; --c4: #f0b53c;
-  --c5: #8fd0f5; --c6: #c9ced3; } }
+  --c5: #8fd0f5; --c6: #c9ced3; --shade: #fff3; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 70rem; padding: 1.5rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "Noto Sans", "DejaVu Sans", sans-serif; }
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "Noto Sans", "DejaVu Sans", sans-serif;
+  overflow-wrap: break-word; }
+h1, h2, h3, .caption, figcaption b { text-wrap: balance; }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .25rem; }
 h1.corpus { margin-top: 4rem; border-top: 3px solid var(--ink); padding-top: 1rem; }
 h2 { font-size: 1.3rem; margin: 3rem 0 .5rem; padding-top: .75rem; border-top: 1px solid var(--grid); }
@@ -371,25 +399,39 @@ a:hover { text-decoration: underline; }
 .card p { margin: 0; font-size: 1rem; line-height: 1.4; }
 figure { margin: .75rem 0 0; }
 figcaption { display: flex; gap: 1rem; align-items: baseline; justify-content: space-between; }
+figcaption b { min-width: 0; }
 .save { font: inherit; font-size: .78rem; color: var(--faint); background: none; border: 1px solid var(--grid);
   border-radius: 4px; padding: .1rem .5rem; cursor: pointer; white-space: nowrap; }
 .save:hover { color: var(--ink); }
-.plot svg { display: block; width: 100%; height: auto; font-family: inherit; }
+/* What does not fit scrolls by itself; its edges are shaded where more follows. */
+.plot, .table { overflow-x: auto; background: linear-gradient(90deg, var(--paper) .7rem, #0000) 0 / 2rem 100% local,
+  linear-gradient(270deg, var(--paper) .7rem, #0000) 100% / 2rem 100% local,
+  linear-gradient(90deg, var(--shade), #0000) 0 / .7rem 100% scroll,
+  linear-gradient(270deg, var(--shade), #0000) 100% / .7rem 100% scroll;
+  background-repeat: no-repeat; }
+/* --points: the figure's width. Its text of 8 and 9 points is at least 9 pixels high, and no higher than the page's. */
+.plot svg { display: block; width: 100%; height: auto; font-family: inherit;
+  min-width: calc(1.125px * var(--points)); max-width: calc(1.5px * var(--points)); }
 .note { color: var(--faint); font-size: .83rem; margin: .3rem 0 1.4rem; max-width: 60rem; }
-.table { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; min-width: 30rem; }
+table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; min-width: min(30rem, 100%); }
 .caption { font-weight: 600; font-size: .95rem; margin: 1.4rem 0 .4rem; }
-th, td { text-align: left; vertical-align: top; padding: .28rem .9rem .28rem 0;
+th, td { text-align: left; vertical-align: top; padding: .28rem .8rem .28rem 0;
   border-bottom: 1px solid var(--grid); }
 thead th { vertical-align: bottom; border-bottom: 1.5px solid var(--faint); font-weight: 600; line-height: 1.25; }
-tbody th { font-weight: 600; min-width: 7rem; max-width: 22rem; overflow-wrap: anywhere; }
-.number { text-align: right; padding: .28rem .35rem .28rem .9rem; white-space: nowrap; }
+tbody th { font-weight: 600; max-width: 22rem; }
+.label { min-width: 7rem; }
+.wide { min-width: 8rem; }
+td:not([class]) { min-width: 10rem; }
+.number { text-align: right; padding: .28rem .35rem .28rem .7rem; white-space: nowrap; }
 thead .number { white-space: normal; }
-td.number + td:not(.number), th.number + th:not(.number) { padding-left: 1rem; }
+@media (max-width: 40rem) { thead th.short { white-space: nowrap; } }
+td.number + td:not(.number), th.number + th:not(.number) { padding-left: .9rem; }
 .unit { color: var(--faint); font-weight: 400; font-size: .8rem; }
 .values { display: block; color: var(--faint); font-size: .75rem; white-space: normal;
   min-width: 8rem; max-width: 15rem; margin-left: auto; }
 .compact .values { display: none; }
+.compact span[title] { border-bottom: 1px dotted var(--faint); cursor: help; }
+.compact span:focus + .values { display: block; }
 summary { cursor: pointer; }
 .muted th, .muted td { color: var(--faint); font-weight: 400; font-style: italic; }
 .short { white-space: nowrap; }
@@ -401,13 +443,18 @@ mark { background: var(--mark); color: inherit; padding: 0 .12em; border-radius:
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; }
   nav, .save { display: none; }
+  .note { font-size: 8pt; }
+  .unit, .values { font-size: 7pt; }
+  summary { list-style: none; }
   figure, .card, .sample, tr { break-inside: avoid; }
   h2, h3, figcaption, .caption { break-after: avoid; }
-  .table { overflow: visible; }
+  .plot, .table { overflow: visible; background: none; }
+  .plot svg { min-width: 0; }
+  details::details-content { content-visibility: visible; }
   table { font-size: 7.5pt; min-width: 0; width: 100%; }
-  th, td, .number, .short { white-space: normal; padding-left: .2rem; padding-right: .2rem; }
-  tbody th { min-width: 5rem; }
-  .values, .long { min-width: 0; }
+  th, td, .number, .short, thead th.short { white-space: normal; padding-left: .2rem; padding-right: .2rem; }
+  .label { min-width: 5rem; }
+  .values, .long, .wide, td:not([class]) { min-width: 0; }
   .compact .values { display: block; }
   .card, .sample { border: 1px solid var(--grid); }
   mark { text-decoration: underline; }
@@ -417,7 +464,8 @@ mark { background: var(--mark); color: inherit; padding: 0 .12em; border-radius:
 SCRIPT = """
 for (const button of document.querySelectorAll("button.save")) {
   button.addEventListener("click", () => {
-    const svg = button.closest("figure").querySelector("svg").outerHTML
+    const figure = button.closest("figure").querySelector("svg");
+    const svg = new XMLSerializer().serializeToString(figure)
       .replace(/var\\(--\\w+, (#[0-9a-f]+)\\)/g, "$1");
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([svg], {type: "image/svg+xml"}));

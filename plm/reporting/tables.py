@@ -742,7 +742,8 @@ def provenance_table(runs: Sequence[Run]) -> Table:
                 run.get("protocol"),
             ]
         )
-    return Table("provenance", "Command, commit, devices and versions", columns, rows).without_empty_columns()
+    table = Table("provenance", "Command, commit, devices and versions", columns, rows, folded=True)
+    return table.without_empty_columns()
 
 
 def _devices(devices: Any) -> str | None:

@@ -4,6 +4,7 @@
 #   make demo        pretrains ELMo, GPT and BERT small on the embedded corpus and names the page that compares them
 #   make test        lint and all tests but the slow ones; make test-full runs the slow ones too; ARGS='-k masked' chooses
 #   make test-slurm  a sweep on a real Slurm, which it installs (Debian, Ubuntu; as root) and runs on this machine
+#   make test-browser   the report's pages in a real browser, which it installs (.venv-browser; Debian, Ubuntu; as root)
 #   make bench       a training step of each model, and embedding texts, beside the same mathematics in PyTorch
 #   make bench-scaling   a step of 1, 2, 4 and 8 devices and processes, the work of each the same
 #   make test-plan   the papers' models planned by the TPU's compiler (.venv-plan; minutes each)
@@ -12,7 +13,7 @@
 #   make clean       removes caches; make distclean the environments too; neither touches runs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full test-slurm test-plan bench bench-scaling parity lint format clean distclean
+.PHONY: help setup demo test test-full test-slurm test-browser test-plan bench bench-scaling parity lint format clean distclean
 .SUFFIXES:
 
 # An environment that is there keeps its Python until PYTHON asks for another.
@@ -57,6 +58,9 @@ setup: .venv/.installed-$(VERSION)
 .venv-plan/.installed-$(VERSION): pyproject.toml constraints.txt
 	$(call environment,.venv-plan,test$(comma)plan)
 
+.venv-browser/.installed-$(VERSION): pyproject.toml constraints.txt
+	$(call environment,.venv-browser,test$(comma)browser)
+
 # Typed again, every part finds its work done.
 demo: setup
 	$(RUN) launch.sweep --config=experiments/compare.py:tiny --backend=local --root=$(DEMO)
@@ -77,6 +81,12 @@ test-slurm: setup
 	@command -v slurmctld munged > /dev/null || { apt-get update --quiet && \
 		DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends slurm-wlm munge; }
 	PLM_TEST_SLURM=1 $(RUN) pytest -n 0 tests/test_slurm.py $(ARGS)
+
+# Playwright drives the system's browser and downloads none.
+test-browser: .venv-browser/.installed-$(VERSION)
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || { apt-get update --quiet && \
+		DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends chromium; }
+	PLM_TEST_BROWSER=1 .venv-browser/bin/python -m pytest -n 0 tests/test_browser.py $(ARGS)
 
 bench: .venv-peers/.installed-$(VERSION)
 	.venv-peers/bin/python -m tests.benchmarks.bench --output=runs/bench $(ARGS)
@@ -102,4 +112,4 @@ clean:
 	rm -rf .cache .pytest_cache .ruff_cache
 
 distclean: clean
-	rm -rf .venv .venv-peers .venv-plan plm.egg-info
+	rm -rf .venv .venv-peers .venv-plan .venv-browser plm.egg-info

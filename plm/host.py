@@ -28,6 +28,23 @@ def keep_memory() -> bool:
     return all(mallopt(parameter, value) == 1 for parameter, value in settings)
 
 
+def peak_memory() -> dict[str, int]:
+    """Bytes: `process`, the most that this process has held in RAM, and `device`, the most that any of its devices has
+    allocated, where JAX tells (not on CPUs, whose arrays are the process's own memory)."""
+    import jax
+
+    peak = {}
+    try:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    except ImportError:  # no POSIX system
+        pass
+    devices = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    return peak | ({"device": max(devices)} if any(devices) else {})
+
+
 def keep_programs() -> None:
     """Keeps compiled programs in the cache folder, so that the second start of a run need not compile.
 

@@ -109,3 +109,14 @@ def test_the_second_start_of_a_run_compiles_nothing(count, tmp_path):
     # Of several processes JAX tells only of the first one's programs, which it alone writes.
     assert second[0]["cache_misses"] == 0
     assert second[0]["cache_hits"] > 5
+
+
+def test_peak_memory_of_a_process_grows_with_what_it_holds():
+    program = (
+        "import json, numpy as np; from plm import host; before = host.peak_memory()['process'];"
+        " held = np.ones(40_000_000); print(json.dumps([before, host.peak_memory()['process']]))"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    before, after = json.loads(done.stdout)
+    assert 300e6 < after - before < 400e6

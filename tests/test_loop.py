@@ -121,6 +121,7 @@ def test_the_record_of_a_run(kind, uninterrupted):
     assert [line["step"] for line in lines if "eval/loss" in line] == [12, 24]
     assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [15, 20, 24]
     run = json.loads((workdir / "run.json").read_text())
+    assert run["peak_memory"]["process"] > 100e6
     assert (run["status"], run["step"], run["total_steps"]) == ("complete", 24, 24)
     values = {row.metric: row.value for row in read_results(workdir) if row.step == 24}
     assert values["loss"] == lines[-1]["eval/loss"]

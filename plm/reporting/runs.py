@@ -15,6 +15,7 @@ run.json
 | corpus | {fingerprint, source, licence} | runs of one table share the fingerprint |
 | tokenizer | {fingerprint, kind, size, lossless} | nats per token share a panel only with equal fingerprints |
 | store | {train, valid: {n_tokens, n_sentences, n_documents, n_bytes, n_words, n_unknown}} | passes, bytes |
+| peak_memory | {process, device: bytes} | cost |
 | flops_per_step | float or null | training FLOPs by formula |
 | protocol | str, optional | hash of the protocol; runs of one table share it |
 | status, error | "running", "complete" or "failed"; str | run list |

@@ -495,6 +495,8 @@ def cost_table(all_arms: Sequence[Arm]) -> Table:
         Column("tokens per second", "", quantity),
         Column("step", "ms", _milliseconds),
         Column("MFU", "%", ".1f"),
+        Column("peak memory of a process", "GiB", ".2f"),
+        Column("of a device", "GiB", ".2f"),
         Column("all runs together", "", duration),
     ]
 
@@ -522,6 +524,8 @@ def cost_table(all_arms: Sequence[Arm]) -> Table:
             arm.summary(lambda run: run.median("train/tokens_per_second")),
             arm.summary(lambda run: times(1000, run.median("train/step_seconds"))),
             arm.summary(lambda run: times(100, run.median("train/mfu"))),
+            arm.summary(lambda run: times(2.0**-30, run.get("peak_memory", "process"))),
+            arm.summary(lambda run: times(2.0**-30, run.get("peak_memory", "device"))),
             sum(run.seconds or 0 for run in arm.runs) or None,
         ]
         for arm in all_arms

@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from plm import host
 from plm.data.pipeline import Batches, Corpus
 from plm.errors import UserError
 from plm.models.flops import train_flops
@@ -231,6 +232,7 @@ class Record:
         self._update(step)
 
     def _update(self, step: int) -> None:
+        before = self.run.facts.get("peak_memory", {})
         epochs = step * self.config.batch_size / self.examples_per_epoch
         self.run.update(
             step=step,
@@ -241,6 +243,7 @@ class Record:
             epochs=epochs,
             flops=None if self.flops is None else step * self.flops,
             seconds=self._seconds(),
+            peak_memory={what: max(size, before.get(what, 0)) for what, size in host.peak_memory().items()},
         )
 
     def best(self, best: Best) -> None:

@@ -1,5 +1,7 @@
 """A study finds its cells' numbers, says what is missing, gives verdicts with intervals, and travels in a bundle."""
 
+import dataclasses
+import html
 import json
 import re
 import subprocess
@@ -151,6 +153,20 @@ def test_ours_beside_the_papers(root):
     assert [column.name for column in curve.columns] == ["arm", "1", "10"]
     figure = plots.study_figure(results, results.study.drawings[0], "x")
     assert "the paper" in figure.svg
+
+
+def test_a_quantity_of_every_arm_is_drawn_beside_the_papers(root):
+    results = Results(studies.read(root))
+    column = dataclasses.replace(results.study.column("score"), group="arms")
+    results.study.columns[0] = column
+    figure = plots.study_figure(results, Drawing("arms", "Arms", y_label="accuracy", kind="dots"), "arms")
+    text = html.unescape(re.sub(r"<[^>]+>", " ", figure.svg))
+    assert all(row.label in text for row in results.study.rows)
+    assert "the paper's" in text
+    assert "accuracy (%)" in text
+    assert "5 pretraining runs" in figure.note
+    results.study.paper.clear()
+    assert "the paper's" not in plots.study_figure(results, Drawing("arms", "Arms", kind="dots"), "arms").svg
 
 
 def test_every_number_names_its_run(root):

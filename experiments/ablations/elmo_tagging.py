@@ -12,7 +12,7 @@ At budget tiny the tags are those of docstring_names (names of parameters in pro
 and tags are others than the paper's Penn Treebank. E7 needs table 5 too: the two layers' order is the other one there.
 """
 
-from experiments.ablations.common import SMALLEST, Column, Maker
+from experiments.ablations.common import SMALLEST, Column, Drawing, Maker
 from plm.reporting.studies import difference
 
 NUMBERS = {"layer_1": 97.3, "layer_2": 96.8}
@@ -39,7 +39,13 @@ def sweep(add, arguments: str = ""):
     metric = "entity_f1" if make.budget == "tiny" else "accuracy"
     make.measure("probes", elmo, ["--suite=probes", f"--task={make.files_of(task)}"])
     column = make.add_column(
-        Column("pos", "PTB tagging", "probes", "", "", f"{task}, {metric}", smallest=SMALLEST["tagging"]), NUMBERS
+        Column(
+            "pos", "PTB tagging", "probes", "", "", f"{task}, {metric}", smallest=SMALLEST["tagging"], group="layers"
+        ),
+        NUMBERS,
+    )
+    make.draw(
+        Drawing("layers", "What a linear classifier reads off each layer", y_label=f"{task}, {metric}", kind="dots")
     )
     layers = {"embedding": "embedding", "layer_1": "layer 1", "layer_2": "layer 2", "mix": "mix"}
     make.read("word", column, elmo, f"{task}/word_majority/{metric}")

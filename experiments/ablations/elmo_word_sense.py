@@ -14,7 +14,7 @@ At budget tiny, which has no sense-tagged text: two words written as one form, w
 (`pseudo_words`: the share of nearest neighbours of the same word), so that only the order of the layers compares.
 """
 
-from experiments.ablations.common import Column, Maker
+from experiments.ablations.common import Column, Drawing, Maker
 from plm.reporting.studies import difference
 
 NUMBERS = {"first_sense": {"f1": 65.9}, "layer_1": {"f1": 67.4}, "layer_2": {"f1": 69.0}}
@@ -39,7 +39,8 @@ def sweep(add, arguments: str = ""):
         suite, flags, measured = "word_sense", ["--suite=word_sense", f"--wsd={make.folder('wsd')}"], "F1, all sets"
         metrics = {"first_sense": "first_sense/all"} | {f"layer_{n}": f"trained/last/layer {n}/all" for n in (1, 2)}
     numbers = {row: own["f1"] for row, own in NUMBERS.items()}
-    column = make.add_column(Column("f1", "F1", suite, "", part="", measured=measured), numbers)
+    column = make.add_column(Column("f1", "F1", suite, "", part="", measured=measured, group="layers"), numbers)
+    make.draw(Drawing("layers", "Senses told apart by each layer", y_label=measured, kind="dots"))
     make.measure("senses", elmo, flags)
     for row, metric in metrics.items():
         make.read(row, column, elmo, metric)

@@ -317,6 +317,8 @@ def study_figure(results: Results, drawing: Drawing, name: str) -> Figure | None
     rows = [row for row in study.rows if any(results.means(row.name, column.name) for column in columns)]
     if not rows or not columns:
         return None
+    if drawing.kind == "dots":
+        return _dots(results, drawing, rows, columns[0], name)
     draw = _bars if drawing.kind == "bars" else _lines
     with mpl.rc_context(STYLE):
         canvas = Canvas(figsize=(10, 3.6))
@@ -344,11 +346,40 @@ def study_figure(results: Results, drawing: Drawing, name: str) -> Figure | None
             canvas.set_size_inches(7, 3.6)
         _legend(canvas, drawn)
         svg = _svg(canvas)
+    return Figure(name, drawing.title, svg, _runs_note(results, rows, columns))
+
+
+def _runs_note(results: Results, rows: Sequence, columns: Sequence) -> str:
     most = max(len(results.means(row.name, column.name)) for row in rows for column in columns)
-    note = (
-        f"Budget {study.budget}. Mean over up to {most} pretraining runs; bars: standard deviation." if most > 1 else ""
-    )
-    return Figure(name, drawing.title, svg, note or f"Budget {study.budget}. One pretraining run for each arm.")
+    spread = f"Mean over up to {most} pretraining runs; bars: standard deviation."
+    return f"Budget {results.study.budget}. {spread if most > 1 else 'One pretraining run for each arm.'}"
+
+
+def _dots(results: Results, drawing: Drawing, rows: Sequence, column, name: str) -> Figure:
+    """A quantity of every arm, the first on top; the paper's numbers on axes of their own."""
+    paper = {row.name: results.study.paper.get(row.name, {}).get(column.name) for row in rows}
+    theirs = [(place, paper[row.name]) for place, row in enumerate(rows) if paper[row.name] is not None]
+    with mpl.rc_context(STYLE):
+        canvas = Canvas(figsize=(10 if theirs else 7, 0.8 + 0.34 * len(rows)))
+        axes = canvas.subplots(1, 2 if theirs else 1, squeeze=False, sharey=True)[0]
+        for place, row in enumerate(rows):
+            values = results.means(row.name, column.name)
+            if not values:
+                continue
+            deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
+            colour = COLOURS[-1] if row.control else COLOURS[0]
+            axes[0].errorbar(np.mean(values), place, xerr=deviation, color=colour, marker="o", capsize=2)
+            axes[0].plot(values, [place] * len(values), color=colour, marker="|", linewidth=0, alpha=0.6)
+        axes[0].set_yticks(range(len(rows)), [row.label for row in rows])
+        axes[0].set_ylim(len(rows) - 0.5, -0.5)
+        axes[0].set_xlabel(f"{drawing.y_label or column.label} ({column.unit})" if column.unit else drawing.y_label)
+        if theirs:
+            axes[0].set_title("ours", loc="left")
+            axes[1].set_title("the paper's", loc="left")
+            axes[1].plot([x for _, x in theirs], [y for y, _ in theirs], color=COLOURS[0], marker="D", linewidth=0)
+            axes[1].set_xlabel(column.unit)
+        svg = _svg(canvas)
+    return Figure(name, drawing.title, svg, _runs_note(results, rows, [column]))
 
 
 def _logarithmic(axis) -> None:

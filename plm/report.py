@@ -56,8 +56,8 @@ def _folder(directory: str, unpacked: Path) -> str:
 def _write(directories: list[str], output: Path, values: flags.FlagValues) -> None:
     from plm.reporting import bundle, runs, studies
 
-    found = runs.find(directories)
     results = {folder: studies.Results(study) for folder, study in studies.find(directories).items()}
+    found = runs.find(directories, may_be_none=bool(results))
     places = {cell.place for one in results.values() for cells in one.study.cells.values() for cell in cells}
     models = {model for one in results.values() for model in one.study.models}
     found += runs.elsewhere(sorted((places | models) - {run.path for run in found}))

@@ -4,6 +4,7 @@ import dataclasses
 import html
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -231,6 +232,20 @@ def test_the_page_and_its_bundle(root, tmp_path):
     assert damaged.returncode == 2
     (line,) = damaged.stderr.splitlines()
     assert "the bundle is damaged" in line
+
+
+def test_a_study_whose_runs_all_lie_elsewhere_or_have_not_begun(root, tmp_path):
+    study = json.loads((root / "study.json").read_text())
+    study["cells"] = [cell for cell in study["cells"] if cell["column"] == "ppl"]
+    study["claims"], study["drawings"] = study["claims"][1:2], []
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/study.json").write_text(json.dumps(study))
+    assert report(tmp_path / "other").returncode == 0
+    assert "A table of &lt;ours&gt;" in (tmp_path / "other/report.html").read_text()
+    shutil.rmtree(tmp_path / "shared")
+    done = report(tmp_path / "other")
+    assert done.returncode == 0, done.stderr
+    assert "not measured yet" in (tmp_path / "other/report.html").read_text()
 
 
 def test_a_file_that_is_no_study_or_no_bundle(tmp_path):

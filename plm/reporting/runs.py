@@ -240,10 +240,10 @@ class Run:
         return dict(_flat(kept))
 
 
-def find(directories: Sequence[str]) -> list[Run]:
+def find(directories: Sequence[str], *, may_be_none: bool = False) -> list[Run]:
     """All workdirs in or below the directories, in the order of their paths.
 
-    Raises UserError for a directory that does not exist and when there is no workdir at all.
+    may_be_none: the runs of a study may all lie elsewhere. Errors: UserError when there is no workdir at all else.
     """
     found: dict[str, Run] = {}
     for directory in directories:
@@ -259,7 +259,7 @@ def find(directories: Sequence[str]) -> list[Run]:
                 found.setdefault(str(folder), read(folder, names))
             else:
                 waiting += [child for child in children[::-1] if not child.name.startswith(".") and child.is_dir()]
-    if not found:
+    if not found and not may_be_none:
         raise UserError(f"no workdir in {', '.join(directories)}: a workdir holds one of {', '.join(MARKS)}")
     return list(found.values())
 

@@ -317,7 +317,8 @@ def find(directories: Iterable[str]) -> dict[str, Study]:
     """{folder: study} of all folders with a study in or below the directories."""
     found = {}
     for directory in directories:
-        waiting = [epath.Path(directory)]
+        root = epath.Path(directory)
+        waiting = [root] if root.is_dir() else []
         while waiting:
             folder = waiting.pop()
             if (folder / FILE).exists():

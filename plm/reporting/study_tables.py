@@ -89,7 +89,8 @@ def claims_table(results: Results) -> Table | None:
     rows = []
     for claim, one, together in zip(study.claims, found, adjusted, strict=True):
         smallest = smallest_effect(results, claim)
-        unit = "standard deviations" if claim.standardised else study.column(claim.terms[0][1]).unit or "its unit"
+        measured = study.column(claim.terms[0][1])
+        unit = "standard deviations" if claim.standardised else measured.unit or measured.label
         row = [claim.name, claim.text, claim.effect]
         if one is None:
             rows.append([*row, None, None, unit, None, None, None, smallest, "not measured yet"])

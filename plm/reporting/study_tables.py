@@ -95,7 +95,7 @@ def claims_table(results: Results) -> Table | None:
         if one is None:
             rows.append([*row, None, None, unit, None, None, None, smallest, "not measured yet"])
             continue
-        interval = None if one.interval is None else " to ".join(_signed(value) for value in one.interval)
+        interval = None if one.interval is None else " to ".join(map(Column("", "", _signed).number, one.interval))
         ours, n, word = summarise(one.by_seed), len(one.by_seed), verdict(one, smallest).text()
         rows.append([*row, ours, interval, unit, n, one.p, together, smallest, word])
     columns = [

@@ -16,11 +16,11 @@
 task gives a fixed part of its training examples (`PARTS`), so that a run takes a minute or two; one pretraining run of
 each model, three seeds on each task. Controls (protocol 13): every model from scratch by the same way, random features
 under ELMo's BiLSTM, and word2vec on the pretraining text under it. Every way has rates and durations of its own, the
-controls too, chosen by the same number of trials with a pretraining seed that the table does not use (`stage=tuning`);
-the best epoch on the selection part is reported (protocol 9).
+controls too, chosen on selection parts by the same number of trials, from the first pretraining run and with a seed
+that the table does not use (`stage=tuning`); the best epoch on the selection part is reported (protocol 9).
 """
 
-from experiments.ablations.common import FINETUNE, PRESETS, Maker, Quantity
+from experiments.ablations.common import FINETUNE, Maker, Quantity
 from plm.reporting.studies import difference
 
 BUDGETS = ("tiny", "laptop", "small")
@@ -66,7 +66,7 @@ TUNED |= dict.fromkeys(("laptop", "small"), TUNED["tiny"])
 RATES = (1e-4, 3e-4, 1e-3)
 FROZEN_RATES = (1e-3, 3e-3, 1e-2)
 EPOCHS = (3.0, 6.0)
-SEED = 1000  # of the pretraining that rates are tried on
+SEED = 1000  # of heads that rates are tried with
 
 
 def sweep(add, arguments: str = ""):
@@ -114,12 +114,8 @@ def _settings(make: Maker, row: str, on, scratch: bool) -> dict:
 
 def _tuning(make: Maker) -> None:
     """Each way on single texts and on words: three rates x two durations."""
-    models = {}
-    for paper in ("elmo", "gpt", "bert"):
-        preset, settings = PRESETS[paper, make.budget]
-        defaults = {"data.source": "pydocs#without_tasks"} if make.budget == "tiny" else None
-        options = {"file": f"experiments/{paper}.py", "defaults": defaults, "shared": True}
-        models[paper] = make.add(f"{make.budget}-{paper}-seed{SEED}", preset, {**settings, "seed": SEED}, **options)
+    make.seeds = range(1)
+    models = {paper: f"{make.pretrain(paper, paper)}-seed0" for paper in ("elmo", "gpt", "bert")}
     tasks = [on for on in make.on_tasks if on.kind in ("single", "tagging")]
     for tuned in TUNED[make.budget]:
         row = next(row for row, own in ROWS.items() if own[3] == tuned)

@@ -78,7 +78,8 @@ def test_golden_transfer(budget, monkeypatch):
         way: n - sum(trials[other] for other in trials if other.startswith(f"{way}-")) for way, n in trials.items()
     }
     assert set(trials.values()) == {12}
-    assert {point.overrides["seed"] for point in tuning} == {transfer.SEED}
+    assert {point.overrides["seed"] for point in tuning} == {0, transfer.SEED}
+    assert not any("seed1000" in point.name for point in points)
 
 
 def test_golden_has_no_other_ablation():

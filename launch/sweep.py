@@ -29,7 +29,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,21 +221,36 @@ def validate(points: Sequence[Point], *, complete: bool = True) -> dict[str, str
     Raises:
       UserError: the first thing that is wrong, and with which point.
     """
-    made, texts = {}, {}
+    kinds: dict[tuple, str] = {}  # what points have in common but their seeds -> the first of them
+    kind_of, made, texts = {}, {}, {}
     for point in points:
         if not point.trains:
             texts[point.name] = "".join(f"{key} = {value!r}\n" for key, value in _measured(point))
             continue
-        try:
-            source, overrides = None, point.overrides
-            if point.start:
-                source = made[point.start]
-                overrides = {**overrides, "init.from": point.model}
-            made[point.name] = configs.load(point.spec, overrides, complete=complete, source=source)
-        except UserError as error:
-            raise UserError(f"point {point.name!r}: {error}") from error
+        own = {key: value for key, value in point.overrides.items() if key == "seed"}
+        own |= {"init.from": point.model} if point.start else {}
+        shared = repr(sorted((key, value) for key, value in point.overrides.items() if key != "seed"))
+        kind = kind_of[point.name] = (point.spec, shared, *own, kind_of.get(point.start))
+        if kind in kinds:
+            made[point.name] = _with(made[kinds[kind]], own)
+        else:
+            source = made[point.start] if point.start else None
+            try:
+                made[point.name] = configs.load(
+                    point.spec, {**point.overrides, **own}, complete=complete, source=source
+                )
+            except UserError as error:
+                raise UserError(f"point {point.name!r}: {error}") from error
+            kinds.setdefault(kind, point.name)
         texts[point.name] = configs.to_text(made[point.name])
     return texts
+
+
+def _with(config, settings: Mapping[str, Any]):
+    """A copy with other values; nothing else depends on them."""
+    config = config.copy_and_resolve_references().unlock()
+    configs.apply(config, settings)
+    return config.lock()
 
 
 def _measured(point: Point) -> list[tuple[str, str]]:

@@ -2,7 +2,9 @@
 
 import ctypes
 import os
+import re
 import sys
+from pathlib import Path
 
 # glibc's parameters of mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -30,16 +32,15 @@ def keep_memory() -> bool:
 
 def peak_memory() -> dict[str, int]:
     """Bytes: `process`, the most that this process has held in RAM, and `device`, the most that any of its devices has
-    allocated, where JAX tells (not on CPUs, whose arrays are the process's own memory)."""
+    allocated; each where the system or JAX tells (of CPUs JAX does not: their arrays are the process's own memory)."""
     import jax
 
     peak = {}
     try:
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    except ImportError:  # no POSIX system
+        # Not getrusage's figure, which a process takes over from the one that started it.
+        status = Path("/proc/self/status").read_text()
+        peak["process"] = 1024 * int(re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)[1])
+    except (OSError, TypeError):  # not Linux
         pass
     devices = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
     return peak | ({"device": max(devices)} if any(devices) else {})

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
-from experiments import bert, compare, elmo, finetune, gpt
+from experiments import bert, compare, elmo, finetune, gpt, transfer
 from launch import sweep
 from plm.data.tasks import TASKS
 from plm.errors import UserError
@@ -126,10 +126,11 @@ def test_golden_has_nothing_else():
 
 def test_every_experiment_file_is_covered_and_says_its_command():
     files = {path.stem for path in (REPOSITORY / "experiments").glob("*.py")} - {"__init__", "common"}
-    assert files == {*PRESETS, "finetune"}
-    for module in (elmo, gpt, bert, compare, finetune):
+    assert files == {*PRESETS, "finetune", "transfer"}
+    for module in (elmo, gpt, bert, compare, finetune, transfer):
         documentation = inspect.getdoc(module)
-        for word in ("python -m plm.train", "hardware", "expected"):
+        command = "python -m launch.sweep" if module is transfer else "python -m plm.train"
+        for word in (command, "hardware", "expected"):
             assert word in documentation, (module.__name__, word)
     assert configs.to_text(load("gpt.py:gpt")) == configs.to_text(load("gpt.py:base"))
 

@@ -28,6 +28,7 @@ import re
 import shlex
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -323,17 +324,20 @@ class Backend:
 
 
 class Local(Backend):
-    """`launch.local`: `workers` points at once, `processes` each."""
+    """`launch.local`: `workers` points at once, `processes` each.
+
+    Objects in a bucket cannot grow: what a point there prints is in files of this machine until it ends.
+    """
 
     def __init__(self, *, workers: int, processes: int = 1, devices: Sequence[str] | None = None, grace: float = 60.0):
         self.workers, self.processes, self.devices, self.grace = workers, processes, devices, grace
 
-    def _jobs(self, points: Sequence[Point]) -> list[local.Job]:
+    def _jobs(self, points: Sequence[Point], folder: str = "") -> list[local.Job]:
         return [
             local.Job(
                 point.name,
                 point.command(),
-                Path(point.workdir / "log.txt"),
+                Path(folder, point.name, "log.txt") if "://" in str(point.workdir) else Path(point.workdir / "log.txt"),
                 Path.cwd(),  # relative paths of configs and corpora mean what they mean here
                 self.processes if point.trains else 1,
             )
@@ -344,6 +348,10 @@ class Local(Backend):
         return [shlex.join(command) for job in self._jobs(points) for command in job.commands()]
 
     def run(self, points: Sequence[Point], records: Records) -> Iterator[None]:
+        with tempfile.TemporaryDirectory(prefix="plm-logs-") as folder:
+            yield from self._run(points, records, folder)
+
+    def _run(self, points: Sequence[Point], records: Records, folder: str) -> Iterator[None]:
         by_name = {point.name: point for point in points}
 
         def started(job: local.Job, pid: int, share: local.Share) -> None:
@@ -353,6 +361,9 @@ class Local(Backend):
 
         def ended(job: local.Job, code: int) -> None:
             point = by_name[job.name]
+            if "://" in str(point.workdir):
+                for log in job.log.parent.glob("log*"):
+                    _append(point.workdir / log.name, log.read_bytes())
             records.note(point, ended=time.time(), return_code=code)
             print(f"{state(point.workdir):8} {job.name}" + (f"  (exit code {code})" if code else ""), flush=True)
             if code > 0:
@@ -360,13 +371,17 @@ class Local(Backend):
                     print(f"    {line}", flush=True)
 
         return local.run(
-            self._jobs(points),
+            self._jobs(points, folder),
             workers=self.workers,
             on_start=started,
             on_end=ended,
             devices=self.devices,
             grace_seconds=self.grace,
         )
+
+
+def _append(path: epath.Path, content: bytes) -> None:
+    path.write_bytes((path.read_bytes() if path.exists() else b"") + content)
 
 
 class Slurm(Backend):
@@ -445,7 +460,7 @@ _FLAGS = flags.FLAGS
 
 def define_flags() -> configs.ConfigFlags:
     """The command's flags."""
-    flags.DEFINE_string("root", None, "folder of the sweep, a workdir for each point; gs:// for --backend=tpu")
+    flags.DEFINE_string("root", None, "folder of the sweep, a workdir for each point; local or gs://, for tpu gs://")
     flags.DEFINE_string("shared", "", "folder of the points that several sweeps need; ROOT/../shared by default")
     flags.DEFINE_enum("backend", "local", ["local", "slurm", "tpu"], "where points run")
     flags.DEFINE_integer("seeds", 0, "seeds for each point; 0 = the one of its config", lower_bound=0)
@@ -473,9 +488,9 @@ def backend_of(values: flags.FlagValues, root: epath.Path) -> Backend:
     for name in sorted(set().union(*own.values()) - allowed):
         if values[name].present:
             raise UserError(f"--{name} is not for --backend={values.backend}")
-    if values.backend != "tpu" and "://" in values.root:
-        raise UserError(f"--root={values.root!r} is not on a file system; --backend={values.backend} needs a folder")
     if values.backend == "slurm":
+        if "://" in values.root:
+            raise UserError(f"--root={values.root!r} is not on a file system; --backend=slurm needs a folder")
         options = slurm.Options.of(values)
         return Slurm(root, options, wait=values.wait)
     if values.backend == "tpu":

@@ -26,7 +26,7 @@ from pathlib import Path
 from absl import flags
 from etils import epath
 
-from launch.points import Point, Records, progress, state
+from launch.points import RECORD, Point, Records, progress, read_json, state
 from plm.command import INTERRUPTED
 from plm.errors import UserError
 
@@ -324,7 +324,8 @@ class _Life:
     def _next_number(self) -> int:
         folder = self.commands.workdir / "launch"
         done = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
-        return max(done, default=0) + 1
+        # In a bucket an attempt has no folder before its first log, which it may not live to write.
+        return max([*done, read_json(self.commands.workdir / RECORD).get("attempts", 0)]) + 1
 
     def _wait_until_active(self) -> None:
         while (now := self._state()) != "ACTIVE":

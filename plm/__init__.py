@@ -4,7 +4,17 @@ Importing this package imports no JAX: commands that only print help, and worker
 start at once.
 """
 
+import json
+import os
+import sys
+
 __version__ = "0.1.0"
+
+# gcsfs keeps every listing of a bucket until it writes there itself, and never sees what other processes write.
+_FRESH = {"use_listings_cache": False}
+os.environ.setdefault("FSSPEC_GCS", json.dumps(_FRESH))  # read when fsspec is imported
+if "fsspec" in sys.modules:
+    sys.modules["fsspec"].config.conf.setdefault("gcs", _FRESH)
 
 
 def load(source, *, random: bool = False, allow_missing: str = "", vocabulary: str = ""):

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from absl import flags
+from etils import epath
 
 from plm import command
 from plm.errors import UserError
@@ -31,15 +32,16 @@ def main(directories: list[str]) -> None:
     unknown = sorted(set(values.export) - set(EXPORTS))
     if unknown:
         raise UserError(f"--export={','.join(unknown)}: choose from {', '.join(EXPORTS)}")
-    output = Path(values.output or (_beside(directories[0]) if len(directories) == 1 else "report.html"))
+    output = epath.Path(values.output or (_beside(directories[0]) if len(directories) == 1 else "report.html"))
     if output.is_dir():
         output /= "report.html"
     with tempfile.TemporaryDirectory() as unpacked:
         _write([_folder(directory, Path(unpacked)) for directory in directories], output, values)
 
 
-def _beside(directory: str) -> Path:
-    return Path(directory).with_suffix(".html") if directory.endswith(".tar") else Path(directory) / "report.html"
+def _beside(directory: str) -> epath.Path:
+    path = epath.Path(directory)
+    return path.with_suffix(".html") if directory.endswith(".tar") else path / "report.html"
 
 
 def _folder(directory: str, unpacked: Path) -> str:
@@ -53,7 +55,7 @@ def _folder(directory: str, unpacked: Path) -> str:
     return str(folder)
 
 
-def _write(directories: list[str], output: Path, values: flags.FlagValues) -> None:
+def _write(directories: list[str], output: epath.Path, values: flags.FlagValues) -> None:
     from plm.reporting import bundle, runs, studies
 
     results = {folder: studies.Results(study) for folder, study in studies.find(directories).items()}
@@ -80,9 +82,9 @@ def _write(directories: list[str], output: Path, values: flags.FlagValues) -> No
             partial.write_text(text, encoding="utf-8")
             partial.replace(path)
         except OSError as error:
-            raise UserError(f"--output={output}: cannot write {path}: {error.strerror}") from error
+            raise UserError(f"--output={output}: cannot write {path}: {error.strerror or error}") from error
     if values.bundle:
-        n = bundle.write(Path(values.bundle), [*(run.path for run in found), *results])
+        n = bundle.write(epath.Path(values.bundle), [*(run.path for run in found), *results])
         print(f"{n:,} files: {values.bundle}")
     complete = sum(run.complete for run in found)
     print(f"{len(found)} runs ({complete} complete): {output}")

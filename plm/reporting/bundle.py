@@ -30,7 +30,7 @@ FOLDERS = ("evaluations", "predictions")
 SUMS = "SHA256SUMS"
 
 
-def write(path: Path, folders: Sequence[str]) -> int:
+def write(path: epath.Path, folders: Sequence[str]) -> int:
     """Writes the files of workdirs and studies; returns how many. Their places relative to each other stay.
 
     Errors: UserError where the file cannot be written.
@@ -42,7 +42,7 @@ def write(path: Path, folders: Sequence[str]) -> int:
     sums, partial = [], path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(partial, "w") as archive:
+        with partial.open("wb") as file, tarfile.open(fileobj=file, mode="w") as archive:
 
             def add(name: str, content: bytes) -> None:
                 entry = tarfile.TarInfo(name)

@@ -470,9 +470,12 @@ class Checkpoints:
             for item in (_REST, _CARRY):
                 path = self.directory / str(step) / item
                 removed = path.with_name(item + _REMOVED)
+                if removed.exists():  # of a start that was killed here
+                    removed.rmtree()
                 if self._kept(step) and path.exists():
-                    path.rename(removed)  # at once: a kill in the middle leaves no half of an item
-                if removed.exists():
+                    # At once: a kill in the middle leaves no half of an item. Object storage renames file by file:
+                    # there the half that is left goes the next time.
+                    path.rename(removed)
                     removed.rmtree()
 
     def _set_aside(self, steps: Iterable[int]) -> None:

@@ -204,8 +204,9 @@ def _check_writable(workdir: epath.Path) -> None:
         probe = workdir / f".writable.{jax.process_index()}"
         probe.write_text("")
         probe.unlink()
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror or error}") from error
+    except Exception as error:  # each client of object storage has its own
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise UserError(f"--workdir={workdir} cannot be written: {reason}") from error
 
 
 def _due(step: int, every: int, last: int) -> bool:

@@ -3,6 +3,7 @@
 #   make setup       .venv with the versions of constraints.txt; PYTHON=python3.12 chooses an interpreter (3.11 or later)
 #   make demo        pretrains ELMo, GPT and BERT small on the embedded corpus and names the page that compares them
 #   make test        lint and all tests but the slow ones; make test-full runs the slow ones too; ARGS='-k masked' chooses
+#   make test-bucket runs, sweeps and reports in a bucket, whose server is a stand-in (adds gcsfs to .venv)
 #   make test-slurm  a sweep on a real Slurm, which it installs (Debian, Ubuntu; as root) and runs on this machine
 #   make test-browser   the report's pages in a real browser, which it installs (.venv-browser; Debian, Ubuntu; as root)
 #   make bench       a training step of each model, and embedding texts, beside the same mathematics in PyTorch
@@ -13,7 +14,8 @@
 #   make clean       removes caches; make distclean the environments too; neither touches runs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full test-slurm test-browser test-plan bench bench-scaling parity lint format clean distclean
+.PHONY: help setup demo test test-full test-bucket test-slurm test-browser test-plan bench bench-scaling parity
+.PHONY: lint format clean distclean
 .SUFFIXES:
 
 # An environment that is there keeps its Python until PYTHON asks for another.
@@ -52,6 +54,10 @@ setup: .venv/.installed-$(VERSION)
 .venv/.installed-$(VERSION): pyproject.toml constraints.txt
 	$(call environment,.venv,test$(comma)static)
 
+.venv/.bucket-$(VERSION): .venv/.installed-$(VERSION)
+	$(RUN) pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[bucket]'
+	@touch $@
+
 .venv-peers/.installed-$(VERSION): pyproject.toml constraints.txt
 	$(call environment,.venv-peers,peers)
 
@@ -75,6 +81,9 @@ test: lint
 
 test-full: lint
 	$(RUN) pytest -n $(JOBS) $(ARGS)
+
+test-bucket: .venv/.bucket-$(VERSION)
+	$(RUN) pytest -n 0 tests/test_bucket.py $(ARGS)
 
 # The daemons have their own key, ports and folders, and end with the tests.
 test-slurm: setup

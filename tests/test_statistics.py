@@ -111,3 +111,10 @@ def test_how_many_seeds_it_would_need():
     assert found.seeds == 245
     assert found.text() == "inconclusive (would need about 245 seeds)"
     assert verdict(made((-3.0, 3.1), (-2.0, 3.0), estimate=0.01), 1.0).text().endswith("1,000 or more seeds)")
+
+
+def test_an_effect_below_the_smallest_of_interest_is_said_to_be_small():
+    assert (
+        verdict(made((0.1, 1.1), (0.2, 1.0), estimate=0.6), 1.0).text() == "reproduced, an effect too small to matter"
+    )
+    assert verdict(made((0.1, 3.0), (0.3, 2.5), estimate=1.5), 1.0).text() == "reproduced"

@@ -170,14 +170,16 @@ MOST_SEEDS = 1000
 @dataclass(frozen=True)
 class Verdict:
     """word: reproduced, reversed, equivalent, inconclusive, or "no verdict"; seeds: pretraining runs that an interval
-    of this effect and spread would need to leave 0 out, where the word is inconclusive."""
+    of this effect and spread would need to leave 0 out, where the word is inconclusive; small: the effect is there, but
+    below the smallest one of interest."""
 
     word: str
     seeds: int | None = None
+    small: bool = False
 
     def text(self) -> str:
         if self.seeds is None:
-            return self.word
+            return self.word + (", an effect too small to matter" if self.small else "")
         about = f"about {self.seeds:,}" if self.seeds < MOST_SEEDS else f"{MOST_SEEDS:,} or more"
         return f"{self.word} (would need {about} seeds)"
 
@@ -187,10 +189,11 @@ def verdict(found: Contrast, smallest: float) -> Verdict:
     if len(found.by_seed) < FEWEST_SEEDS or found.interval is None:
         return Verdict("no verdict")
     (low, high), (low_narrow, high_narrow) = found.interval, found.narrow
+    small = abs(found.estimate) < smallest
     if low > 0:
-        return Verdict("reproduced")
+        return Verdict("reproduced", small=small)
     if high < 0:
-        return Verdict("reversed")
+        return Verdict("reversed", small=small)
     if -smallest < low_narrow and high_narrow < smallest:
         return Verdict("equivalent")
     # The half width of the interval, which has both sources of chance in it, shrinks with the root of the seeds.

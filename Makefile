@@ -3,7 +3,7 @@
 #   make setup       .venv with the versions of constraints.txt; PYTHON=python3.12 chooses an interpreter (3.11 or later)
 #   make demo        pretrains ELMo, GPT and BERT small on the embedded corpus and names the page that compares them
 #   make test        lint and all tests but the slow ones; make test-full runs the slow ones too; ARGS='-k masked' chooses
-#   make test-bucket runs, sweeps and reports in a bucket, whose server is a stand-in (adds gcsfs to .venv)
+#   make test-bucket runs, sweeps and reports in a bucket, whose server is a stand-in (.venv-bucket)
 #   make test-slurm  a sweep on a real Slurm, which it installs (Debian, Ubuntu; as root) and runs on this machine
 #   make test-browser   the report's pages in a real browser, which it installs (.venv-browser; Debian, Ubuntu; as root)
 #   make bench       a training step of each model, and embedding texts, beside the same mathematics in PyTorch
@@ -54,15 +54,14 @@ setup: .venv/.installed-$(VERSION)
 .venv/.installed-$(VERSION): pyproject.toml constraints.txt
 	$(call environment,.venv,test$(comma)static)
 
-.venv/.bucket-$(VERSION): .venv/.installed-$(VERSION)
-	$(RUN) pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[bucket]'
-	@touch $@
-
 .venv-peers/.installed-$(VERSION): pyproject.toml constraints.txt
 	$(call environment,.venv-peers,peers)
 
 .venv-plan/.installed-$(VERSION): pyproject.toml constraints.txt
 	$(call environment,.venv-plan,test$(comma)plan)
+
+.venv-bucket/.installed-$(VERSION): pyproject.toml constraints.txt
+	$(call environment,.venv-bucket,test$(comma)bucket)
 
 .venv-browser/.installed-$(VERSION): pyproject.toml constraints.txt
 	$(call environment,.venv-browser,test$(comma)browser)
@@ -82,8 +81,8 @@ test: lint
 test-full: lint
 	$(RUN) pytest -n $(JOBS) $(ARGS)
 
-test-bucket: .venv/.bucket-$(VERSION)
-	$(RUN) pytest -n 0 tests/test_bucket.py $(ARGS)
+test-bucket: .venv-bucket/.installed-$(VERSION)
+	.venv-bucket/bin/python -m pytest -n 0 tests/test_bucket.py $(ARGS)
 
 # The daemons have their own key, ports and folders, and end with the tests.
 test-slurm: setup
@@ -121,4 +120,4 @@ clean:
 	rm -rf .cache .pytest_cache .ruff_cache
 
 distclean: clean
-	rm -rf .venv .venv-peers .venv-plan .venv-browser plm.egg-info
+	rm -rf .venv .venv-peers .venv-plan .venv-bucket .venv-browser plm.egg-info

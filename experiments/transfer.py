@@ -3,7 +3,7 @@
     python -m launch.sweep --config=experiments/transfer.py:tiny --root=runs/transfer
     python -m launch.sweep --config=experiments/transfer.py:laptop --root=runs/transfer --workers=2 \\
         --config.data.source='text:BOOKS/*.txt.xz' --config.data.task.files='DATA/{task}'
-    python -m launch.sweep --config=experiments/transfer.py:laptop,stage=tuning ...      # the rates of `TUNED`
+    python -m launch.sweep --config=experiments/transfer.py:laptop,stage=tuning ...    # `TUNED` in ablations/common.py
     python -m plm.report runs/transfer
 
 | budget | points | hardware, time | expected |
@@ -20,7 +20,7 @@ controls too, chosen on selection parts by the same number of trials, from the f
 that the table does not use (`stage=tuning`); the best epoch on the selection part is reported (protocol 9).
 """
 
-from experiments.ablations.common import FINETUNE, Maker, Quantity
+from experiments.ablations.common import BEST_EPOCH, FINETUNE, Maker, Quantity
 from plm.reporting.studies import difference
 
 BUDGETS = ("tiny", "laptop", "small")
@@ -50,19 +50,7 @@ ROWS = {
     "word2vec": ("word2vec, BiLSTM", "elmo", "features", "frozen", False),
 }
 CONTROLS = ("elmo-scratch", "gpt-scratch", "bert-scratch", "elmo-random", "word2vec")
-# Peak rate and epochs of each way, to be chosen by stage=tuning; laptop and small have those of tiny until they are.
-TUNED = {
-    "tiny": {
-        "frozen": (3e-3, 6.0),
-        "gpt": (1e-3, 6.0),
-        "bert": (3e-4, 6.0),
-        "elmo": (1e-3, 6.0),
-        "gpt-scratch": (1e-3, 6.0),
-        "bert-scratch": (3e-4, 6.0),
-        "elmo-scratch": (1e-3, 6.0),
-    },
-}
-TUNED |= dict.fromkeys(("laptop", "small"), TUNED["tiny"])
+WAYS = tuple(dict.fromkeys(tuned for _, _, _, tuned, _ in ROWS.values()))  # of `TUNED`
 RATES = (1e-4, 3e-4, 1e-3)
 FROZEN_RATES = (1e-3, 3e-3, 1e-2)
 EPOCHS = (3.0, 6.0)
@@ -88,9 +76,8 @@ def sweep(add, arguments: str = ""):
     for row, (label, paper, way, tuned, scratch) in ROWS.items():
         make.row(row, label, control=row in CONTROLS)
         for on in make.on_tasks:
-            rate, epochs = TUNED[make.budget][tuned]
-            settings = {"optimizer.peak_lr": rate, "total_epochs": epochs} | _settings(make, row, on, scratch)
-            make.finetune(row, on, models[paper], way, settings, arguments="select=best")
+            settings = _settings(make, row, on, scratch)
+            make.finetune(row, on, models[paper], way, settings, arguments=BEST_EPOCH, tuned=tuned)
     columns = make.columns()
     for paper, text in (("elmo", "ELMo"), ("gpt", "GPT"), ("bert", "BERT")):
         control = f"{paper}-scratch"
@@ -117,7 +104,7 @@ def _tuning(make: Maker) -> None:
     make.seeds = range(1)
     models = {paper: f"{make.pretrain(paper, paper)}-seed0" for paper in ("elmo", "gpt", "bert")}
     tasks = [on for on in make.on_tasks if on.kind in ("single", "tagging")]
-    for tuned in TUNED[make.budget]:
+    for tuned in WAYS:
         row = next(row for row, own in ROWS.items() if own[3] == tuned)
         _, paper, way, _, scratch = ROWS[row]
         for on in tasks:
@@ -126,7 +113,7 @@ def _tuning(make: Maker) -> None:
                     own = {"optimizer.peak_lr": rate, "total_epochs": epochs, "seed": SEED}
                     make.add(
                         f"{tuned}-{on.task}-lr{rate:g}-epochs{epochs:g}",
-                        f"{on.task},way={way},select=best",
+                        f"{on.task},way={way},{BEST_EPOCH}",
                         own | _settings(make, row, on, scratch),
                         file=FINETUNE,
                         start=models[paper],

@@ -73,7 +73,7 @@ def test_golden_transfer(budget, monkeypatch):
     tuning, none = read("transfer", f"{budget},stage=tuning", monkeypatch, folder="")
     assert none is None
     sweep.validate(tuning)
-    trials = {way: sum(point.name.startswith(f"{way}-") for point in tuning) for way in transfer.TUNED[budget]}
+    trials = {way: sum(point.name.startswith(f"{way}-") for point in tuning) for way in transfer.WAYS}
     trials = {
         way: n - sum(trials[other] for other in trials if other.startswith(f"{way}-")) for way, n in trials.items()
     }

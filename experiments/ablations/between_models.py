@@ -20,7 +20,7 @@ minimal pairs 5-grams. The four primary contrasts are on the mean of the columns
 deviation; all other comparisons are exploratory.
 """
 
-from experiments.ablations.common import Column, Maker, Quantity
+from experiments.ablations.common import BEST_EPOCH, Column, Maker, Quantity, full_tuning
 from plm.reporting.studies import difference
 
 QUANTITIES = (
@@ -41,7 +41,6 @@ CONTROLLED = {  # row -> label, arguments of compare.py
         "architecture=lstm,objective=bidirectional,input=characters",
     ),
 }
-BEST = "select=best"
 NATIVE = {"elmo": "ELMo", "gpt": "GPT", "bert": "BERT"}
 FACTS = [
     ["", "static vectors", "ELMo", "GPT", "BERT"],
@@ -95,7 +94,7 @@ def sweep(add, arguments: str = ""):
         for on in on_tasks:
             for way, _ in ROUTES:
                 column = routes[on.column.name, way].name
-                options = {"arguments": BEST, "column": column, "tuned": _rates(row, way)}
+                options = {"arguments": BEST_EPOCH, "column": column, "tuned": _rates(row, way)}
                 make.finetune(row, on, model, way, name=f"{row}-{column}", **options)
     _controls(make, routes, models)
     if make.given.arm == "native":
@@ -126,8 +125,7 @@ def _masked(row: str) -> bool:
 
 
 def _rates(row: str, way: str) -> str:
-    """Models that see both sides are tuned by BERT's rule, the others by GPT's or Adam's."""
-    return "bert" if way == "full" and _masked(row) else ""
+    return full_tuning(_masked(row)) if way == "full" else ""
 
 
 def _bits_metric(row: str) -> str:
@@ -170,11 +168,16 @@ def _controls(make: Maker, routes: dict, models: dict[str, str]) -> None:
     for on in make.on_tasks:
         for way, _ in ROUTES:
             column, overrides = routes[on.column.name, way].name, {"init.keep": "nothing"}
-            options = {"arguments": BEST, "column": column, "name": f"scratch-{column}", "tuned": _rates(row, way)}
+            options = {
+                "arguments": BEST_EPOCH,
+                "column": column,
+                "name": f"scratch-{column}",
+                "tuned": _rates(row, way),
+            }
             make.finetune(scratch, on, models[row], way, overrides, **options)
         column, head = routes[on.column.name, "features"].name, f"objectives.{on.objective}"
         vectors = {f"{head}.reads": "vectors", "data.task.vectors": f"word2vec:{text}"}
-        options = {"arguments": BEST, "column": column, "name": f"word2vec-{column}"}
+        options = {"arguments": BEST_EPOCH, "column": column, "name": f"word2vec-{column}"}
         make.finetune(static, on, models[row], "features", vectors, **options)
 
 

@@ -108,14 +108,25 @@ TUNED: dict[tuple[str, str], dict[str, Any]] = {
     ("tiny", "gpt"): {"optimizer.peak_lr": 1e-3, "total_epochs": 6.0},
     ("tiny", "bert"): {"optimizer.peak_lr": 3e-4, "total_epochs": 6.0},
     ("tiny", "frozen"): {"optimizer.peak_lr": 3e-3, "total_epochs": 6.0},
+    ("tiny", "elmo"): {"optimizer.peak_lr": 1e-3, "total_epochs": 6.0},
     ("small", "gpt"): {"optimizer.peak_lr": 2e-4, "total_epochs": 3.0},
     ("small", "bert"): {"optimizer.peak_lr": 1e-4, "total_epochs": 3.0},
     ("small", "frozen"): {"optimizer.peak_lr": 1e-3, "total_epochs": 6.0},
+    ("small", "elmo"): {"optimizer.peak_lr": 2e-4, "total_epochs": 3.0},
     ("paper", "gpt"): {},
     ("paper", "bert"): {},
     ("paper", "frozen"): {},
 }
+# Until stage=tuning of transfer.py has chosen others for them.
+TUNED |= {("laptop", way): own for (budget, way), own in TUNED.items() if budget == "tiny"}
+TUNED |= {(budget, f"{way}-scratch"): own for (budget, way), own in TUNED.items() if way != "frozen"}
+BEST_EPOCH = "select=best"  # of finetune.py: protocol 9
 FROZEN_WAYS = ("features", "probe", "static")
+
+
+def full_tuning(masked: bool) -> str:
+    """Whose rate and duration a model has that is tuned in the same way as all others: BERT's if it sees both sides."""
+    return "bert" if masked else "gpt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +304,7 @@ class Maker:
         tuned: whose rate and duration, by default what the way says ("paper" and "full": GPT's).
         """
         tuned = tuned or {"bert": "bert", **dict.fromkeys(FROZEN_WAYS, "frozen")}.get(way, "gpt")
-        settings = {**TUNED.get((self.budget, tuned), {}), **(overrides or {})}
+        settings = {**TUNED[self.budget, tuned], **(overrides or {})}
         names = []
         for seed in self.seeds:
             for head in range(self.heads):

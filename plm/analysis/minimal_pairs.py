@@ -246,7 +246,7 @@ def credited(pairs: Sequence[Pair], totals: Mapping[str, Mapping[str, float]], r
 
 
 def n_sentences(pairs: Sequence[Pair]) -> int:
-    return len({text for pair in pairs for text in (pair.good, pair.bad)})
+    return len(distinct(pairs))
 
 
 def summary(pairs: Sequence[Pair], judged: dict[str, Outcome]) -> tuple[list[dict], Table]:

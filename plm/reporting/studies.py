@@ -76,9 +76,8 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """A figure of the columns of a group. kind: lines over `x`, bars of one row's columns, or dots of
-    the arms, of the group's first column. paper: {row label: [(x,
-    y)]}, the paper's own curve, on axes of its own."""
+    """A figure of the columns of a group. kind: lines over `x`, bars of one row's columns, or dots of the arms,
+    of the group's first column. paper: {row label: [(x, y)]}, the paper's own curve, on axes of its own."""
 
     group: str
     title: str

@@ -241,10 +241,8 @@ def _how(results: Results) -> str:
     if n < FEWEST_SEEDS:
         text += f" Fewer than {FEWEST_SEEDS} pretraining runs: no verdicts."
     else:
-        text += (
-            f" The exact sign-flip test over {n} runs cannot go below p = {smallest_p(n):.3g}; a bootstrap over so few"
-        )
-        text += " is narrow: read a verdict together with p."
+        text += f" The exact sign-flip test over {n} runs cannot go below p = {smallest_p(n):.3g};"
+        text += " a bootstrap over so few is narrow: read a verdict together with p."
     return text + " Verdicts as docs/protocol.md, 15."
 
 

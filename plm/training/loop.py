@@ -174,15 +174,17 @@ def train(config, workdir: epath.PathLike) -> dict[str, float]:
             every_steps=config.checkpoint.every_steps,
             best=(record.run.facts.get(checkpoint.BEST) or {}).get("step") if best else None,
         ) as saved:
-            complete = record.run.facts.get("status") == "complete"
-            end = record.run.facts.get("stopped_early", config.total_steps) if complete else config.total_steps
-            state = first_state(config, corpus, graph, source, program.fresh, program.like, saved, record.say, end)
+            resumes = bool(saved.steps())
+            state = first_state(config, corpus, graph, source, program.fresh, program.like, saved, record.say)
             start = int(state.step)
             if best:
                 best.replay(lines, start)
-            if complete and (start >= config.total_steps or (best and best.exhausted)):
+            ended = start >= config.total_steps or (best and best.exhausted)
+            if ended and record.run.facts.get("status") == "complete":
                 record.say(f"already complete after {start:,} steps: {workdir}")
                 return {}
+            if resumes and start < config.total_steps:
+                record.say(f"resuming after step {start} of {config.total_steps}")
             lineage = source.lineage() if source else None
             record.begin(start, corpus=corpus, graph=graph, batches=batches, mesh=mesh, starts_from=lineage)
             if best and best.step is not None:

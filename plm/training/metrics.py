@@ -367,13 +367,16 @@ class RunRecord:
 
     def update(self, *, step: int, **progress: Any) -> None:
         """Notes how far the run is: tokens, bytes, words, epochs, targets, flops, seconds, ..., all since step 0."""
-        self.facts |= {"step": step, "updated": now(), **progress}
+        self.note(step=step, updated=now(), **progress)
+
+    def note(self, **facts: Any) -> None:
+        """Notes anything else."""
+        self.facts |= facts
         self._write()
 
     def finish(self, **facts: Any) -> None:
         """Notes that the run is complete."""
-        self.facts |= {"status": "complete", "updated": now(), **facts}
-        self._write()
+        self.note(status="complete", updated=now(), **facts)
 
     def _write(self) -> None:
         if self.enabled:

@@ -248,8 +248,7 @@ class Record:
 
     def best(self, best: Best) -> None:
         """Notes which evaluation is the best so far."""
-        self.run.facts |= {checkpoint.BEST: best.record()}
-        self.run._write()
+        self.run.note(**{checkpoint.BEST: best.record()})
 
     def finish(self, step: int, early: Best | None = None) -> None:
         """Notes that the run is complete and closes everything. early: why it ended before its last step."""
@@ -265,15 +264,13 @@ class Record:
         """Notes that the run was told to stop after `step`, which is saved."""
         if step > self.start:
             self._update(step)
-        self.run.facts |= {"status": "interrupted"}
-        self.run._write()
+        self.run.note(status="interrupted")
         self.close()
         self.say(f"interrupted after step {step:,} of {self.config.total_steps:,}, which is saved: {self.workdir}")
 
     def fail(self, error: BaseException) -> None:
         """Notes why the run ended before its time."""
-        self.run.facts |= {"status": "failed", "error": " ".join(str(error).split()) or type(error).__name__}
-        self.run._write()
+        self.run.note(status="failed", error=" ".join(str(error).split()) or type(error).__name__)
         self.close()
 
     def close(self) -> None:

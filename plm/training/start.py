@@ -92,27 +92,16 @@ def _check_vocabulary(source: Source, ours: Tokenizer, path: str) -> None:
 
 
 def first_state(
-    config,
-    corpus: Corpus,
-    graph: ModelGraph,
-    source: Source | None,
-    fresh: Callable,
-    like,
-    saved,
-    say: Callable,
-    end: int,
+    config, corpus: Corpus, graph: ModelGraph, source: Source | None, fresh: Callable, like, saved, say: Callable
 ) -> TrainState:
     """The state to go on from: this run's newest whole checkpoint, `source`, or a new one.
 
     fresh: () -> the first state on its devices; like: its abstract value; saved: the run's `Checkpoints`; say: takes a
-    line for the user; end: the run's last step.
+    line for the user.
     """
     restored = saved.restore_latest(like)
     if restored is not None:
-        state, step = restored
-        if step < end:
-            say(f"resuming after step {step} of {config.total_steps}")
-        return state
+        return restored[0]
     if not config.init["from"]:
         return fresh()
     source = source or open_source(config.init["from"])  # this run was interrupted before its first checkpoint

@@ -24,6 +24,17 @@ def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("PLM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """Toys compile far longer than they run, half as long without XLA's optimisations; what is proved of them holds for
+    any. Tests that start processes have `fixtures.children.quick_compiles`."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def workdirs(tmp_path_factory):
     """{name: workdir} of `fixtures.models`."""

@@ -27,12 +27,7 @@ def task_batch(objective, **extra) -> dict:
     return batch | {"causal_weights": causal.astype(np.float32)} | extra
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Toys compile far longer than they run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def drawn(graph) -> dict:

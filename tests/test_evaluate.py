@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import pytest
 from fixtures import corpus
 
@@ -40,12 +39,7 @@ CONFIGS = {  # one for each layout
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Toys compile far longer than they run: half the time without XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 
-import jax
 import numpy as np
 import pytest
 from fixtures import corpus
@@ -14,13 +13,7 @@ from plm.data.reading import Tokens
 from plm.errors import UserError
 from plm.inference.scoring import Score
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Toys compile far longer than they run: half the time without XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 class Fake:

@@ -11,6 +11,7 @@ from plm.models import lstm
 from plm.models.heads import sampled_nll, vocabulary_nll
 from plm.models.layers import Noise, dropout
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 B, T = 2, 7
 
 

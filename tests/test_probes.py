@@ -1,6 +1,5 @@
 """Linear probes find what a layer holds, weigh it in the mix, and agree with scikit-learn's; controls stand beside."""
 
-import jax
 import numpy as np
 import pytest
 from fixtures import corpus
@@ -14,12 +13,7 @@ from plm.errors import UserError
 SMALL = Settings(words=400, epochs=3, batch=32, chunk=128, learning_rates=(1e-2, 1e-1))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Toys compile far longer than they run: half the time without XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def made(n, seed, *, shuffled=False):

@@ -10,12 +10,7 @@ from fixtures.models import one_piece
 TEXTS = ["Bakelimo ramose, bali!", "", "Mo zazu ra.", "keli " * 3 + "xyzzy", ["Ra", "mo", "don't"]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Toys compile far longer than they run: half the time without XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def framed(model, ids):

@@ -3,7 +3,6 @@
 import csv
 import json
 
-import jax
 import numpy as np
 import pytest
 from fixtures import children, corpus
@@ -16,13 +15,7 @@ from plm.errors import UserError
 from plm.inference.model import save
 from plm.reporting import sense_picture
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Toys compile far longer than they run: half the time without XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @pytest.fixture

@@ -27,12 +27,7 @@ CELLS = [(a, d) for a in ("transformer", "lstm") for d in ("forward", "both", "f
 cells = pytest.mark.parametrize(("architecture", "direction"), CELLS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """What is proved here holds for any compiler options; LSTMs compile in half the time without most of them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def exact_uniforms(n: int, *name) -> np.ndarray:

@@ -15,13 +15,7 @@ from plm.inference.model import save
 from plm.training import metrics
 from plm.weights import huggingface
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Toys compile far longer than they run: half the time without XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,7 @@ B, T = 4, 6
 LENGTH = np.array([6, 3, 5, 1], np.int32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Toys compile far longer than they run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def drawn(graph) -> dict:

@@ -102,12 +102,7 @@ def files(kind: str, folder) -> dict[str, str]:
     return {"files": str(folder / "{split}.jsonl"), "text": text, "label": "label"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Toys compile far longer than they run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @pytest.fixture(scope="module")

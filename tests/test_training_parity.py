@@ -28,19 +28,11 @@ from plm.training.sharding import paths_and_leaves
 from plm.training.step import make_eval_step, make_train_step, new_state
 from plm.weights import bert, bert_tf, elmo_hdf5, openai_npy
 
-pytestmark = pytest.mark.real_data
+pytestmark = [pytest.mark.real_data, pytest.mark.usefixtures("quick_compiles")]
 FORWARD = {"rtol": 1e-5, "atol": 1e-5}
 GRADIENT = {"rtol": 1e-4, "atol": 1e-5}
 # What the losses' own description gives for independent programs: paths within 2e-5, parameters within 2.5e-5.
 AFTER_STEPS = {"rtol": 1e-5, "atol": 2.5e-5}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Toys compile far longer than they run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def gradients_recorded() -> optax.GradientTransformation:

@@ -33,11 +33,7 @@ TOLERANCE = 1e-5
 TEXTS = ["Bakelimo ramose, bali!", "Mo zazu ra.", "keli xyzzy kelikeli", "don't U.S. e.g. -- Mr. Keli\nra"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def expected_of(name: str) -> tuple[dict, dict]:

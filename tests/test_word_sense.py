@@ -2,7 +2,6 @@
 
 import lzma
 
-import jax
 import numpy as np
 import pytest
 
@@ -14,12 +13,7 @@ BANK1, BANK2, GO1 = "bank%1:14:00::", "bank%1:17:01::", "go%2:38:00::"
 RARE1, RARE2 = "rare%3:00:00::", "rare%5:00:00:blue:00"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Toys compile far longer than they run: half the time without XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def sentence(word, name, keys, lemma="bank", pos="NOUN"):

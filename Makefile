@@ -22,7 +22,8 @@
 PYTHON ?= $(shell test -x .venv/bin/python && echo .venv/bin/python || echo python3)
 ARGS ?=
 DEMO ?= runs/demo
-JOBS ?= 2
+# A test often waits for a process that it started: three at a time fill two cores.
+JOBS ?= 3
 SUITES := ngrams,samples,pseudo_words
 
 export PLM_CACHE ?= $(CURDIR)/.cache/plm

@@ -82,6 +82,23 @@ def test_perplexity_repeats_the_numbers_of_the_loop(workdirs, name):
     assert {row.step for row in found.values()} == {2}
 
 
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_other_text_is_measured_like_held_out_text(workdirs, name, tmp_path):
+    """The run's held-out documents in a file of their own, all of them, are its held-out text."""
+    run = suites.Run(str(workdirs[name]), progress=False)
+    documents = parse(run.config.data.source).documents()
+    held_out = [d.sentences for d in documents if split_of(d, run.config.data.valid_fraction) == "valid"]
+    (tmp_path / "text.txt").write_text("\n\n".join("\n".join(sentences) for sentences in held_out), "utf-8")
+    whole = suites._held_out(run, run.corpus, "valid", limit=0)
+    spec = f"text:{tmp_path / 'text.txt'}"
+    again = suites.Run(str(workdirs[name]), text=spec, progress=False)
+    suites.evaluate(again, ["text"], say=lambda line: None, show=lambda table: None)
+    found = rows_of(workdirs[name], "text")
+    assert {metric: (row.value, row.n, row.split) for metric, row in found.items()} == {
+        row["metric"]: (pytest.approx(row["value"], rel=1e-6), row["n"], spec) for row in whole.rows
+    }
+
+
 def test_ngrams_are_the_runs_own_targets_and_counted_once(workdirs, monkeypatch):
     metric_names = {}
     for name, workdir in workdirs.items():

@@ -276,9 +276,9 @@ def open_text(spec: str, tokenizer: Tokenizer, *, workers: int = 0, progress: bo
     """A corpus that is nothing but held-out text, for a model that is there. spec: see `sources.parse`."""
     source = sources.parse(spec)
     options = {"workers": workers, "progress": progress}
-    valid = store.build(source, tokenizer, valid_fraction=0.0, split="train", **options)
+    text = store.build(source, tokenizer, valid_fraction=0.0, split="valid", **options).valid
     meta = {"source": spec, "valid_source": spec, "fingerprint": source.fingerprint, "licence": source.licence}
-    return Corpus(tokenizer, valid, valid, meta)
+    return Corpus(tokenizer, text, text, meta)
 
 
 def load_task(data) -> tasks.TaskData:

@@ -494,10 +494,11 @@ def test_embedded_tasks_share_no_text_between_splits_and_with_the_corpus_without
     assert not any(module.partition(".")[0] in sources.TASK_PACKAGES for module in kept)
     assert "topics" in kept or "topics" not in {module for module, _ in whole.files}
     assert whole.spec == "pydocs"
-    documents = [d.sentences for d in without.shards()[1].documents()]
+    documents = [d.sentences for shard in without.shards() for d in shard.documents()]
     found = overlaps({split: package.examples(split) for split in package.splits}, documents)
-    assert sum(map(len, documents)) > 100
-    assert [one.common for one in found.values()] == [0, 0, 0], "copies in other packages go too"
+    assert sum(map(len, documents)) > 10_000
+    # Copies in other packages go, too; what is left is a sentence that two modules share (protocol: up to 1%).
+    assert all(one.runs > 5000 and one.common < 0.001 * one.runs for one in found.values()), found
     with pytest.raises(UserError, match=r"'pydocs#without' is not understood"):
         sources.parse("pydocs#without")
 

@@ -210,6 +210,16 @@ def test_published_elmo_is_moved_to_a_task_without_a_vocabulary(task, tmp_path):
     config = config_of(source, task, "custom,kind=single,way=probe", total_steps=1)
     values = loop.train(config, tmp_path / "run")
     assert "eval/accuracy" in values
+    # The learned mix stands in its results, layer by layer.
+    shown: list[str] = []
+    rows = suites.evaluate(suites.Run(str(tmp_path / "run"), progress=False), ["task"], show=shown.append)
+    mix = {row.metric: row.value for row in rows if row.split == "learned"}
+    weights = leaves(tmp_path / "run")["heads/classify/reader/mixes/0/weights"].astype(np.float64)
+    shares = np.exp(weights) / np.exp(weights).sum()
+    assert len(shares) == 3
+    assert list(mix) == [f"custom/mix/mix 0/{name}" for name in ("embedding", "layer 1", "layer 2")]
+    assert list(mix.values()) == pytest.approx(shares.tolist())
+    assert "shares of the layers in the mix" in shown[1]
 
 
 @pytest.mark.slow

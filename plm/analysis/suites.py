@@ -49,6 +49,7 @@ from plm.randomness import stable_hash
 from plm.training import checkpoint, metrics
 from plm.training.loop import make_evaluator
 from plm.training.record import seeds
+from plm.training.sharding import paths_and_leaves
 
 EVALUATIONS, SAMPLES, SENSES = "evaluations.json", "samples.json", "senses.json"
 TABLES = "evaluations"  # the folder of what suites show
@@ -480,7 +481,7 @@ def evaluate_task(run: Run, settings: Mapping) -> Outcome:
 def mix_shares(params: Mapping) -> dict[str, list[float]]:
     """{place: softmax of the weights of a head's mix of layers} (ELMo figure 2), in the order of insertion."""
     found = {}
-    for path, value in sorted(params.items()):
+    for path, value in paths_and_leaves(params):
         if match := re.fullmatch(r"heads/(\w+)/reader/mixes/(\d+)/weights", path):
             weights = np.asarray(value, np.float64)
             shares = np.exp(weights - weights.max())

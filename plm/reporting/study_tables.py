@@ -89,8 +89,9 @@ def claims_table(results: Results) -> Table | None:
     rows = []
     for claim, one, together in zip(study.claims, found, adjusted, strict=True):
         smallest = smallest_effect(results, claim)
-        measured = study.column(claim.terms[0][1])
-        unit = "standard deviations" if claim.standardised else measured.unit or measured.label
+        measured = dict.fromkeys(study.column(name) for _, name, _ in claim.terms)
+        units = dict.fromkeys(column.unit or column.label for column in measured)
+        unit = "standard deviations" if claim.standardised else " and ".join(units)
         row = [claim.name, claim.text, claim.effect]
         if one is None:
             rows.append([*row, None, None, unit, None, None, None, smallest, "not measured yet"])

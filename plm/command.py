@@ -44,6 +44,17 @@ def run(main: Callable[..., int | None], *, required: tuple[str, ...] = (), posi
         except UserError as error:
             complain(error)
             return BAD_INPUT
+        except ImportError as error:
+            if not _is_of_a_bucket(error):
+                raise
+            complain(f"{error} (gs:// needs `pip install -c constraints.txt gcsfs`)")
+            return BAD_INPUT
 
     logging.set_verbosity(logging.WARNING)
     app.run(guarded, flags_parser=parse)
+
+
+def _is_of_a_bucket(error: ImportError) -> bool:
+    """Whether fsspec says that the package of a file system is missing."""
+    registry = sys.modules.get("fsspec.registry")
+    return registry is not None and str(error) in {one.get("err") for one in registry.known_implementations.values()}

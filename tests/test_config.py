@@ -332,6 +332,27 @@ def test_commands_print_one_line_and_leave_with_2(arguments, line, tmp_path):
     assert done.stderr.strip().split(". Did you mean")[0] == line
 
 
+@pytest.mark.parametrize(
+    ("body", "code", "last"),
+    [
+        (
+            "epath.Path('gs://bucket/run').exists()",
+            2,
+            "error: Please install gcsfs to access Google Storage (gs:// needs `pip install -c constraints.txt gcsfs`)",
+        ),
+        ("importlib.import_module('missing_module')", 1, "ModuleNotFoundError: No module named 'missing_module'"),
+    ],
+)
+def test_a_bucket_without_what_reads_it_is_one_line(body, code, last, tmp_path):
+    """... and a module that is missing otherwise is a bug of ours, with its traceback."""
+    script = tmp_path / "program.py"
+    imports = "import importlib\nimport sys\nfrom etils import epath\nfrom plm import command\n"
+    script.write_text(f"{imports}sys.modules['gcsfs'] = None\ncommand.run(lambda: {body})\n")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    *before, line = done.stderr.strip().splitlines()
+    assert (done.returncode, line, bool(before)) == (code, last, code == 1)
+
+
 def test_every_pairing_of_architecture_and_objective_is_allowed_or_explained():
     """A model trains with an objective in the directions that fit; the other pairings say why not."""
     for architecture, (objective, fitting) in itertools.product(

@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real corpora and golden outputs: PLM_REAL_DATA, else ../shared/data beside the checkout."""
-    folder = Path(os.environ.get("PLM_REAL_DATA", REPOSITORY.parent / "shared" / "data"))
+    folder = Path(os.environ.get("PLM_REAL_DATA") or REPOSITORY.parent / "shared" / "data")
     if not folder.is_dir():
         pytest.skip("real-data test did not run: set PLM_REAL_DATA to the folder of real corpora")
     return folder

@@ -49,8 +49,9 @@ def sweep(add, arguments: str = ""):
         numbers=NUMBERS,
         quantities=QUANTITIES,
     )
-    layers, width, heads = SIZES[make.budget]["L12-H768-A12"]
-    model = make.pretrain(f"bert-{layers}x{width}x{heads}", "bert", overrides=settings(layers, width, heads))
+    size = "L12-H768-A12"
+    layers, width, heads = SIZES[make.budget][size]
+    model = make.pretrain(f"bert-{layers}x{width}x{heads}", "bert", overrides=settings(make.budget, size))
     third = max(2, round(layers / 3))
     chosen = {
         "embeddings": ("mix", (0,)),

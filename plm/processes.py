@@ -319,6 +319,10 @@ class _Peers:
             return
         for line in self._lines.values():
             line.send(end=reason, code=code)
+        # This is the last word: threads of JAX that still write of a lost partner have no stderr any more.
+        sys.stderr.flush()
+        sys.stderr = open(os.dup(2), "w", encoding="utf-8")  # noqa: SIM115
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         complain(f"{reason}; so process {self.processes.index} ends, too")
         os._exit(code)
 

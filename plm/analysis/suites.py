@@ -480,13 +480,13 @@ def evaluate_task(run: Run, settings: Mapping) -> Outcome:
 
 def mix_shares(params: Mapping) -> dict[str, list[float]]:
     """{place: softmax of the weights of a head's mix of layers} (ELMo figure 2), in the order of insertion."""
-    found = {}
+    found = []
     for path, value in paths_and_leaves(params):
-        if match := re.fullmatch(r"heads/(\w+)/reader/mixes/(\d+)/weights", path):
+        if re.fullmatch(r"heads/\w+/reader/mixes/\d+/weights", path):
             weights = np.asarray(value, np.float64)
             shares = np.exp(weights - weights.max())
-            found[f"{match[1]} {match[2]}"] = (shares / shares.sum()).tolist()
-    return {f"mix {number}": own for number, own in enumerate(found.values())}
+            found.append((shares / shares.sum()).tolist())
+    return {f"mix {number}": own for number, own in enumerate(found)}
 
 
 def _pretrained_share(run: Run, task: str) -> tuple[float | None, str]:

@@ -89,7 +89,7 @@ def claims_table(results: Results) -> Table | None:
     rows = []
     for claim, one, together in zip(study.claims, found, adjusted, strict=True):
         smallest = smallest_effect(results, claim)
-        measured = dict.fromkeys(study.column(name) for _, name, _ in claim.terms)
+        measured = [study.column(name) for _, name, _ in claim.terms]
         units = dict.fromkeys(column.unit or column.label for column in measured)
         unit = "standard deviations" if claim.standardised else " and ".join(units)
         row = [claim.name, claim.text, claim.effect]

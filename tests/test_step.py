@@ -18,7 +18,7 @@ from experiments import bert, elmo, gpt
 from plm.models.graph import build
 from plm.randomness import stable_hash
 from plm.training.objectives import make_objectives
-from plm.training.optimizer import make_optimizer
+from plm.training.optimizer import make_optimizer, schedule_numbers
 from plm.training.sharding import paths_and_leaves
 from plm.training.step import make_eval_step, make_train_step, new_state
 
@@ -224,6 +224,31 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
     assert (int(after.step), after.skipped.tolist()) == (4, [2, 0])
     assert np.any(after.carry["forward"]["c"] != before.carry["forward"]["c"])
     assert step.jitted._cache_size() == 1
+
+
+def test_seeds_rates_and_durations_share_one_program():
+    """So that a sweep over them compiles once: their numbers are arguments of the program."""
+    cell, text, losses = ("transformer", "forward"), set(), []
+    objectives, coefficients = objectives_of("forward")
+    graph, batches = graph_of(*cell, noise=False), [batch_of("forward", 0)] * 3
+    for seed, changes, steps in ((0, {}, 50), (1, {"peak_lr": 3e-2}, 50), (0, {"warmup_steps": 2}, 80)):
+        config = gpt.get_config("tiny").optimizer
+        config.update({"peak_lr": 1e-2, "warmup_steps": 0} | changes)
+        tx = make_optimizer(config, graph.shapes(), steps)
+        numbers = schedule_numbers(config, steps)
+        step = make_train_step(
+            graph.bind, objectives, coefficients, tx, seed=seed, schedule_numbers=numbers.on_device()
+        )
+        state = new_state(exact_parameters(graph), tx, {})
+        text.add(step.lower(state, batches[0]).as_text())
+        # The same as with the numbers in the program.
+        constant = make_train_step(graph.bind, objectives, coefficients, tx, seed=seed)
+        _, expected = run(constant, jax.tree.map(jnp.copy, state), batches)
+        _, found = run(step, state, batches)
+        assert found[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-5)
+        losses.append(float(found[-1]["loss"]))
+    assert len(text) == 1
+    assert len(set(losses)) == 3
 
 
 class Root:

@@ -420,6 +420,7 @@ TASK: tuple[tuple[str, Any, Rule, str], ...] = (
     ("metrics", "", words(), "of a custom task: joined by +, the first one selects"),
     ("unanswerable", "", words(), "of a custom task: yes where questions without an answer are meant"),
     ("fraction", 1.0, real(0.0, 1.0, above=True), "of the training examples, a fixed subset; a smaller one lies in it"),
+    ("held_out_fraction", 1.0, real(0.0, 1.0, above=True), "... of the selection part and of the reported part, each"),
     ("shuffled_labels", False, truth(), "the control: labels of the training examples change places"),
     ("buckets", (), items(whole(2), "(32,64)"), "row lengths below seq_len; a batch has the least that holds its rows"),
     ("word_piece", "first", one_of("first", "last"), "the piece that stands for a word"),

@@ -16,6 +16,7 @@ may name one layer; its factors are then a vector along the stacked axis. The fi
 that no row matches has factor 1, and a row that matches no parameter at all is refused.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -59,29 +60,49 @@ def schedule(config, total_steps: int) -> Callable[[jax.typing.ArrayLike], jax.t
     Raises:
       UserError: an unknown schedule.
     """
-    kind, peak, warmup = config.schedule, float(config.peak_lr), int(config.warmup_steps)
-    total = int(getattr(config, "schedule_steps", 0) or total_steps)
+    kind = config.schedule
     if kind not in SCHEDULES:
         raise UserError(f"optimizer.schedule={kind!r} is unknown; it is one of {', '.join(SCHEDULES)}")
+    return functools.partial(_learning_rate, kind, schedule_numbers(config, total_steps))
 
-    def learning_rate(step):
-        xp = jnp if isinstance(step, jax.Array) else np
-        step = xp.asarray(step, xp.float32 if xp is jnp else xp.float64)
-        done = xp.minimum(step / max(total, 1), 1.0)
-        after = xp.clip((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
-        ramp = xp.minimum(step / max(warmup, 1), 1.0)
-        if kind == "openai_linear":
-            return peak * (ramp if warmup else 1.0) * (1.0 - done)
-        decayed = {
-            "bert_linear": lambda: 1.0 - done,
-            "linear": lambda: 1.0 - after,
-            "cosine": lambda: 0.5 * (1.0 + xp.cos(math.pi * after)),
-            "constant": lambda: xp.ones_like(step),
-            "openai_cosine": lambda: 0.5 * (1.0 + xp.cos(math.pi * done)),
-        }[kind]()
-        return peak * xp.where(step < warmup, ramp, decayed)
 
-    return learning_rate
+class ScheduleNumbers(NamedTuple):
+    """What a schedule has beside its kind: float32 scalars in a compiled step, whose arguments they are, so that runs
+    that differ in nothing else share a program; Python's numbers on the host. span: updates between warm-up and end."""
+
+    peak: Any
+    warmup: Any
+    total: Any
+    span: Any
+
+    def on_device(self) -> "ScheduleNumbers":
+        return ScheduleNumbers(*map(np.float32, self))
+
+
+def schedule_numbers(config, total_steps: int) -> ScheduleNumbers:
+    """Arguments: as for `schedule`."""
+    warmup = int(config.warmup_steps)
+    total = int(getattr(config, "schedule_steps", 0) or total_steps)
+    return ScheduleNumbers(float(config.peak_lr), warmup, max(total, 1), max(total - warmup, 1))
+
+
+def _learning_rate(kind: str, numbers: ScheduleNumbers, step):
+    xp = jnp if isinstance(step, jax.Array) else np
+    step = xp.asarray(step, xp.float32 if xp is jnp else xp.float64)
+    peak, warmup, total, span = numbers
+    done = xp.minimum(step / total, 1.0)
+    after = xp.clip((step - warmup) / span, 0.0, 1.0)
+    ramp = step / xp.maximum(warmup, 1)
+    if kind == "openai_linear":
+        return peak * xp.where(step < warmup, ramp, 1.0) * (1.0 - done)
+    decayed = {
+        "bert_linear": lambda: 1.0 - done,
+        "linear": lambda: 1.0 - after,
+        "cosine": lambda: 0.5 * (1.0 + xp.cos(math.pi * after)),
+        "constant": lambda: xp.ones_like(step),
+        "openai_cosine": lambda: 0.5 * (1.0 + xp.cos(math.pi * done)),
+    }[kind]()
+    return peak * xp.where(step < warmup, ramp, decayed)
 
 
 def learning_rate_at(config, total_steps: int, updates: int) -> float:
@@ -194,7 +215,7 @@ def _direction(config, params: PyTree) -> optax.GradientTransformation:
     return import_from_outside(name, "optimizer.name")(config, params)
 
 
-def make_optimizer(config, params: PyTree, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(config, params: PyTree, total_steps: int) -> optax.GradientTransformationExtraArgs:
     """The chain described at the top of this file.
 
     Args:
@@ -208,7 +229,8 @@ def make_optimizer(config, params: PyTree, total_steps: int) -> optax.GradientTr
     Returns:
       A transformation with `init(params)` and `update(gradients, state, params) -> (updates, state)`. All state is
       float32 but for int32 counts; parameters that are frozen in every layer keep none. A step that is skipped must
-      also keep the old state: the schedule counts applied updates.
+      also keep the old state: the schedule counts applied updates. `update` also takes `schedule_numbers=`, those of
+      the config as arguments of the program that it is compiled into.
 
     Raises:
       UserError: an unknown rule or schedule, a regex that matches nothing.
@@ -245,13 +267,23 @@ def make_optimizer(config, params: PyTree, total_steps: int) -> optax.GradientTr
     if not _all_one(lr_factors.values()):
         steps.append(optax.stateless(lambda u, _: _map(lambda f, u: u if _is(f, 1.0) else u * f, lr_factors, u)))
 
-    rate = schedule(config, total_steps)
-    if config.name == "gpt_adam":
-        correction = bias_correction(float(config.b1), float(config.b2))
-        steps.append(optax.scale_by_schedule(lambda count: -rate(count) * correction(count)))
-    else:
-        steps.append(optax.scale_by_schedule(lambda count: -rate(count)))
+    steps.append(_minus_learning_rate(config, schedule(config, total_steps)))
     return optax.chain(*steps)
+
+
+def _minus_learning_rate(config, rate: Callable) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_schedule` whose numbers `update(..., schedule_numbers=)` may give."""
+    corrected = config.name == "gpt_adam"
+    correction = bias_correction(float(config.b1), float(config.b2)) if corrected else lambda count: 1.0
+
+    def by(rate) -> optax.GradientTransformation:
+        return optax.scale_by_schedule(lambda count: -rate(count) * correction(count))
+
+    def update(updates, state, params=None, *, schedule_numbers: ScheduleNumbers | None = None, **others):
+        numbered = functools.partial(_learning_rate, config.schedule, schedule_numbers)
+        return by(rate if schedule_numbers is None else numbered).update(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(by(rate).init, update)
 
 
 def without_frozen(freeze: Iterable[str], params: PyTree) -> Callable[[PyTree], PyTree]:

@@ -122,6 +122,7 @@ def make_program(config, tokenizer, mesh, carried: bool) -> Program:
         tx,
         microbatches=config.microbatches,
         seed=config.seeds.init,
+        schedule_numbers=optimizer.schedule_numbers(config.optimizer, config.optimizer.schedule_steps).on_device(),
         shardings=shardings,
     )
     return Program(

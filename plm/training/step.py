@@ -96,6 +96,7 @@ def make_train_step(
     *,
     microbatches: int = 1,
     seed: int = 0,
+    schedule_numbers: Any = None,
     shardings: Any = None,
 ) -> "TrainStep":
     """`step(state, batch) -> (state, metrics)`, jitted, the state donated.
@@ -104,6 +105,7 @@ def make_train_step(
     objectives: see `plm.training.objectives`; coefficients: {name of a sum: its factor in the loss}.
     The weights of the whole batch are taken first, so microbatch gradients simply add and are exact. A step whose loss
     or gradient norm is not finite changes nothing but the counters: parameters, optimizer and carry stay.
+    schedule_numbers: `optimizer.ScheduleNumbers` that the optimizer takes; None for one that takes none.
     shardings: of the state, pinned on the way out (None on one device).
     metrics: float32 scalars: loss, gradient_norm, skipped, skipped_in_a_row, and the mean of every name.
     """
@@ -112,7 +114,7 @@ def make_train_step(
     gradient = jax.value_and_grad(loss, has_aux=True)
     together = math.lcm(*(getattr(objective, "rows_per_example", 1) for objective in objectives))
 
-    def step(state: TrainState, batch: dict, seed: jax.Array):
+    def step(state: TrainState, batch: dict, seed: jax.Array, schedule_numbers):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         weights = all_weights(objectives, batch)
         if microbatches == 1:
@@ -142,7 +144,8 @@ def make_train_step(
             )
             carry = _unstrided(carry, together)
         norm = optax.tree.norm(gradients)
-        updates, opt = optimizer.update(gradients, state.opt, state.params)
+        given = {} if schedule_numbers is None else {"schedule_numbers": schedule_numbers}
+        updates, opt = optimizer.update(gradients, state.opt, state.params, **given)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         params, opt, carry = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
@@ -161,23 +164,23 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt, carry, skipped), metrics
 
     jitted = jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
-    return TrainStep(jitted, np.uint32(seed % 2**32))
+    return TrainStep(jitted, (np.uint32(seed % 2**32), schedule_numbers))
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
-    """`step(state, batch) -> (state, metrics)`. The seed is an argument of the program and no part of it, so that runs
-    that differ in nothing else share a compiled one."""
+    """`step(state, batch) -> (state, metrics)`. Seed and numbers of the schedule are arguments of the program and no
+    part of it, so that the seeds, rates and durations of a sweep share a compiled one."""
 
     jitted: Any
-    seed: np.uint32
+    of_run: tuple
 
     def __call__(self, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        return self.jitted(state, batch, self.seed)
+        return self.jitted(state, batch, *self.of_run)
 
     def lower(self, state, batch):
         """As of a jitted function."""
-        return self.jitted.lower(state, batch, self.seed)
+        return self.jitted.lower(state, batch, *self.of_run)
 
 
 def make_eval_step(bind: Callable, objectives: Sequence, *, everywhere: Any = None) -> Callable:

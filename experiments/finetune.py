@@ -50,6 +50,8 @@ from plm.training import config as configs
 WAYS = ("paper", "full", "bert", "features", "probe", "static")
 FROZEN = ("^(embedding|blocks|backward_blocks)/",)
 CHOICES = {"swag": 4, "dream": 3, "storycloze": 2, "race_middle": 4, "race_high": 4, "docstring_signature": 4}
+# Pieces of a row; of other kinds 128. No tag and no target word may be cut off.
+LENGTHS = {"span": 384, "tagging": 512, "word": 512}
 ALIKE = ("mrpc", "qqp", "stsb")  # two texts without an order: GPT reads them in both
 GRID = {"forward": (6.25e-5, 2e-4, 6e-4), "full": (2e-5, 5e-5, 2e-4), "both": (3e-4, 1e-3, 3e-3)}
 EPOCHS = (3.0, 6.0)
@@ -81,7 +83,7 @@ def get_config(arguments: str = "", source=None):
     kind = TASKS[given.task].kind if given.task != "custom" else given.kind or "single"
     source = source or _stand_in()
     config = common.configure(_common(kind, source))
-    buckets = () if kind == "span" else tuple(n for n in (32, 64) if n < config.seq_len)
+    buckets = () if kind == "span" else tuple(n for n in (32, 64, 128, 256) if n < config.seq_len)
     configs.set_task(config, {"name": given.task, "kind": given.kind, "buckets": buckets})
     with config.unlocked():
         config.model = source.model.copy_and_resolve_references()
@@ -109,13 +111,13 @@ def _stand_in():
 def _common(kind: str, source) -> dict:
     """What all ways have in common: the vocabulary of the source, rows that it can hold, a short run."""
     tokenizer = source.data.tokenizer
-    longest = source.model.get("max_positions") or 512
+    longest = source.model.get("max_positions") or max(LENGTHS.values())
     return {
         "data.layout": "task",
         "data.source": "",
         **{f"data.tokenizer.{key}": tokenizer[key] for key in ("kind", "vocab", "lowercase", "pretokenized")},
         "vocabulary_multiple": source.vocabulary_multiple,
-        "seq_len": min(384 if kind == "span" else 128, longest),
+        "seq_len": min(LENGTHS.get(kind, 128), longest),
         "total_epochs": 3.0,
         "init.allow_missing": "^heads/",
         "checkpoint.keep": 1,

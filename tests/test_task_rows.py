@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from plm.data import task_rows, tasks, tokenizers
+from experiments import bert, finetune
+from plm.data import pipeline, task_rows, tasks, tokenizers
 from plm.data.task_rows import Frame, TaskRows, TaskSplit, with_task_tokens
 from plm.errors import UserError
 
 SENTENCES = ["alpha beta gamma delta epsilon zeta eta theta iota kappa", "one two three four five six seven"]
 SETTINGS = {"seq_len": 16, "pairs": "joined", "choices": 2, "word_piece": "first", "question": 8, "stride": 4}
-LAYOUT = {"buckets": (), "fraction": 1.0, "shuffled_labels": False}
+LAYOUT = {"buckets": (), "shuffled_labels": False}
 
 
 @pytest.fixture(scope="module")
@@ -196,19 +197,39 @@ def test_an_epoch_takes_every_item_once_in_batches_of_one_width(vocabulary, tmp_
         TaskRows(split, tokenizer, seed=3, **options | {"settings": LAYOUT | {"buckets": (32,)}})
 
 
-def test_fractions_are_nested_and_shuffled_labels_keep_their_counts(vocabulary, tmp_path):
-    tokenizer, split = vocabulary["wordpiece"], None
+def test_shuffled_labels_keep_their_counts(vocabulary, tmp_path):
+    tokenizer = vocabulary["wordpiece"]
     split = split_of(many(tmp_path), tokenizer)
-
-    def layout(**settings):
-        return TaskRows(split, tokenizer, seq_len=16, batch_size=4, seed=0, settings=LAYOUT | settings, mode="train")
-
-    items = [set(np.concatenate(layout(fraction=share).buckets).tolist()) for share in (0.1, 0.5, 1.0)]
-    assert items[0] < items[1] < items[2]
-    assert [len(one) for one in items] == [5, 25, 50]
-    shuffled = layout(shuffled_labels=True).arrays["labels"]
+    settings = LAYOUT | {"shuffled_labels": True}
+    layout = TaskRows(split, tokenizer, seq_len=16, batch_size=4, seed=0, settings=settings, mode="train")
+    shuffled = layout.arrays["labels"]
     assert sorted(shuffled) == sorted(split.arrays["labels"])
     assert (shuffled != split.arrays["labels"]).sum() > 10
+
+
+def test_fractions_are_nested_and_no_other_rows_are_made(vocabulary, tmp_path):
+    tokenizer = vocabulary["wordpiece"]
+    config = finetune.get_config("custom,kind=single", source=bert.get_config("tiny"))
+    many(tmp_path)
+    path = tmp_path / "rows.jsonl"
+    config.data.task.update({"files": f"train={path}+dev={path}", "text": "t", "label": "label"})
+
+    def opened(share, held_out=1.0):
+        config.data.task.fraction, config.data.task.held_out_fraction = share, held_out
+        corpus = pipeline.open_task(config, inherited=tokenizer, progress=False)
+        return [{example.id for example in split.examples} for split in (corpus.train, corpus.valid)], corpus
+
+    parts = [opened(share) for share in (0.1, 0.5, 1.0)]
+    trained = [train for (train, _), _ in parts]
+    assert trained[0] < trained[1] < trained[2]
+    assert [len(one) for one in trained] == [5, 25, 50]
+    assert [corpus.train.n_examples for _, corpus in parts] == [5, 25, 50]
+    assert all(len(valid) == 25 for (_, valid), _ in parts)  # the first half of a dev of 50
+
+    (_, least), corpus = opened(0.1, 0.2)
+    (_, more), _ = opened(0.1, 0.6)
+    assert least < more < parts[0][0][1]
+    assert (len(least), len(more), corpus.valid.n_examples) == (5, 15, 5)
 
 
 def test_rows_are_tokenised_once(vocabulary, tmp_path, monkeypatch):

@@ -83,7 +83,7 @@ class Predictor:
 def evaluate(predictor: Predictor) -> list[Scored]:
     """Selection, report, and a test set without labels, in this order."""
     task = predictor.task
-    parts = dict(task.selection_and_report())
+    parts = dict(task.selection_and_report(predictor.config.data.task.held_out_fraction))
     if "test" in task.splits and not all(has_gold(task.task, example) for example in task.examples("test")):
         parts["test"] = task.examples("test")
     scored, threshold = [], None

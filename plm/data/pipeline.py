@@ -11,7 +11,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from plm.data import sources, static_vectors, store, tasks, tokenizers
-from plm.data.examples import Example
+from plm.data.examples import Example, fraction
 from plm.data.task_rows import TaskRows, TaskSplit, with_task_tokens
 from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
@@ -241,12 +241,12 @@ def open_corpus(
     `data.tokenizer.add` are added to all but the first.
     """
     source = sources.parse(data.source, invalid_utf8=data.invalid_utf8)
-    fraction = 0.0 if data.valid_source else data.valid_fraction
+    share = 0.0 if data.valid_source else data.valid_fraction
     tokenizer = _vocabulary(
         data.tokenizer,
         tokenizer_directory,
         inherited,
-        lambda: _trained_on(source, data.tokenizer, fraction, progress),
+        lambda: _trained_on(source, data.tokenizer, share, progress),
     )
     options = {"workers": data.workers, "progress": progress}
     if data.valid_source:
@@ -255,7 +255,7 @@ def open_corpus(
         valid = store.build(held_out, tokenizer, valid_fraction=0.0, split="valid", **options)
         fingerprint = f"{train.corpus_fingerprint}+{valid.corpus_fingerprint}"
     else:
-        train = valid = store.build(source, tokenizer, valid_fraction=fraction, **options)
+        train = valid = store.build(source, tokenizer, valid_fraction=share, **options)
         fingerprint = train.corpus_fingerprint
     meta = {
         "source": data.source,
@@ -328,9 +328,10 @@ def open_task(
         raise UserError("a task needs a vocabulary: that of init.from, or data.tokenizer.path")
 
     tokenizer = with_task_tokens(_vocabulary(config.data.tokenizer, tokenizer_directory, inherited, none_to_train))
-    task = load_task(config.data)
-    (name, selection), _ = task.selection_and_report()
-    parts = {"train": task.examples("train"), name: selection}
+    task, settings = load_task(config.data), config.data.task
+    (name, selection), _ = task.selection_and_report(settings.held_out_fraction)
+    # Only the rows that are trained on are made: a thousandth of a large task is there in a second.
+    parts = {"train": fraction(task.examples("train"), settings.fraction), name: selection}
     train, valid = task_splits(config, task, parts, tokenizer, progress=progress)
     meta = {
         "source": f"task:{task.name}",

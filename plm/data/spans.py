@@ -10,6 +10,7 @@ of the words afterwards, by aligning letters; here each piece's characters are f
 character of a byte-level vocabulary) the piece stands for its whole word, as there.
 """
 
+import functools
 import itertools
 import re
 import unicodedata
@@ -77,18 +78,25 @@ def piece_spans(text: str, words: np.ndarray, word: np.ndarray, spelled: Sequenc
     for first, stop in zip(firsts, [*firsts[1:], len(word)], strict=True):
         begin, end = words[word[first]]
         letters = [(letter, i) for i in range(begin, end) for letter in _letters(text[i])]
-        pieces = ["".join(map("".join, map(_letters, piece))) for piece in spelled[first:stop]]
+        pieces = [_plain(piece) for piece in spelled[first:stop]]
         if not all(pieces) or "".join(pieces) != "".join(letter for letter, _ in letters):
             continue
-        borders = np.cumsum([0, *map(len, pieces)])
+        borders = itertools.accumulate(map(len, pieces), initial=0)
         for piece, (a, b) in enumerate(itertools.pairwise(borders)):
             spans[first + piece] = letters[a][1], letters[b - 1][1] + 1
     return spans
 
 
-def _letters(character: str) -> list[str]:
+@functools.lru_cache(maxsize=1 << 16)
+def _letters(character: str) -> str:
     """A character in lower case, without accents: usually one letter, none for an accent of its own."""
-    return [one for one in unicodedata.normalize("NFD", character.lower()) if unicodedata.category(one) != "Mn"]
+    normal = unicodedata.normalize("NFD", character.lower())
+    return "".join(one for one in normal if unicodedata.category(one) != "Mn")
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _plain(piece: str) -> str:
+    return "".join(map(_letters, piece))
 
 
 def answer_pieces(spans: np.ndarray, start: int, stop: int) -> tuple[int, int] | None:

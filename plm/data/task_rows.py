@@ -34,7 +34,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from plm.data import sources, spans, store
-from plm.data.examples import Example, fraction
+from plm.data.examples import Example
 from plm.data.reading import read
 from plm.data.tasks import TaskData
 from plm.data.tokenizers import Tokenizer
@@ -103,6 +103,7 @@ class _Rows:
         self.columns: dict[str, list] = {}
         self.words: dict[str, int] = {}
         self.cut = self.n_items = 0
+        self.placed: tuple[str, np.ndarray] = ("", np.zeros((0, 2), np.int64))
 
     def _put(self, name: str, value) -> None:
         self.columns.setdefault(name, []).append(value)
@@ -213,7 +214,7 @@ class _Rows:
     def _add_word(self, number, example, texts) -> None:
         marks = []
         for (ids, word, _), text, (start, stop) in zip(texts, example.texts, example.spans, strict=True):
-            places = _piece_spans(self.tokenizer, text, ids, word)
+            places = self._piece_spans(text, ids, word)
             found = spans.answer_pieces(places, start, stop)
             if found is None:
                 raise UserError(f"{example.where}: the tokenizer leaves nothing of the word {text[start:stop]!r}")
@@ -250,7 +251,7 @@ class _Rows:
                 f"seq_len={self.seq_len} leaves no room for a context behind a question of {len(question)} pieces: a"
                 f" longer seq_len, or a smaller data.task.question={self.settings['question']}"
             )
-        places = _piece_spans(self.tokenizer, example.texts[1], context, word)
+        places = self._piece_spans(example.texts[1], context, word)
         self._put("piece_spans", places)
         first = example.answers[0] if example.answers else None
         answer = None if first is None else spans.answer_pieces(places, first.start, first.start + len(first.text))
@@ -262,6 +263,13 @@ class _Rows:
             self._put("windows", (start, stop))
             self._put("offset", offset)
             self._put("answers", spans.positions(window, answer, offset))
+
+    def _piece_spans(self, text: str, ids: np.ndarray, word: np.ndarray) -> np.ndarray:
+        """int64 [n, 2]: the characters of each piece. Several questions in a row ask for those of one context."""
+        if text != self.placed[0]:
+            spelled = spans.spelling(self.tokenizer, ids)
+            self.placed = text, spans.piece_spans(text, spans.word_spans(text), word, spelled)
+        return self.placed[1]
 
     def arrays(self, open_words: list[str], n_examples: int) -> dict[str, np.ndarray]:
         lengths = [len(ids) for ids in self.ids]
@@ -290,10 +298,6 @@ class _Rows:
             result["word_of"] = np.concatenate(self.word_of)
             result["words"] = np.frombuffer("\n".join(self.words).encode(), np.uint8)
         return result
-
-
-def _piece_spans(tokenizer: Tokenizer, text: str, ids: np.ndarray, word: np.ndarray) -> np.ndarray:
-    return spans.piece_spans(text, spans.word_spans(text), word, spans.spelling(tokenizer, ids))
 
 
 def _texts(example: Example, kind: str) -> list:
@@ -343,7 +347,8 @@ class TaskSplit(store.Spelled):
         progress: bool = True,
     ):
         self.task, self.name, self.examples, self.tokenizer = task, name, tuple(examples), tokenizer
-        key = (VERSION, task.fingerprint, name, tokenizer.fingerprint, sorted(settings.items()))
+        part = stable_hash("part", *(example.id for example in self.examples), bits=128)
+        key = (VERSION, task.fingerprint, name, part, tokenizer.fingerprint, sorted(settings.items()))
         stem = f"{stable_hash('task rows', *key, with_words, bits=128):032x}"
         path = sources.cache_directory() / "tasks" / f"{stem}.npz"
         if not path.exists():
@@ -383,7 +388,7 @@ class TaskSplit(store.Spelled):
 
 
 class TaskRows:
-    """The layout (`plm.data.pretrain.make_layout` says what one has). settings: buckets, fraction, shuffled_labels of
+    """The layout (`plm.data.pretrain.make_layout` says what one has). settings: buckets and shuffled_labels of
     `data.task`.
 
     items(step) -> int64 [items of a batch], -1 where the batch is only filled up.
@@ -410,10 +415,6 @@ class TaskRows:
             raise UserError(f"data.task.buckets: {too_long[0]} is longer than seq_len={seq_len}")
         self.widths = sorted({*settings["buckets"], seq_len})
         items = np.arange(split.n_items)
-        if mode == "train" and settings["fraction"] < 1:
-            kept = {example.id for example in fraction(split.examples, settings["fraction"])}
-            chosen = np.array([example.id in kept for example in split.examples])
-            items = items[chosen[self.arrays["item_example"]]]
         if mode == "train" and settings["shuffled_labels"]:
             self._shuffle_labels()
         longest = split.lengths.reshape(split.n_items, self.rows_per_item).max(axis=1)

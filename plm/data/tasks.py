@@ -412,16 +412,21 @@ class TaskData:
         parts = [repr(dataclasses.replace(e, where="")) for split in self.splits for e in self.examples(split)]
         return f"{stable_hash('task', self.name, self.splits, self.labels, *parts, bits=128):032x}"
 
-    def selection_and_report(self) -> tuple[tuple[str, tuple[Example, ...]], tuple[str, tuple[Example, ...]]]:
+    def selection_and_report(
+        self, share: float = 1.0
+    ) -> tuple[tuple[str, tuple[Example, ...]], tuple[str, tuple[Example, ...]]]:
         """What to choose settings by, and what to report once: (name, examples) each (protocol 10).
 
-        Dev and a labelled test; without one the two halves of dev by the hash of the ids.
+        Dev and a labelled test; without one the two halves of dev by the hash of the ids. share: a fixed part of each.
         """
-        dev = self.examples("dev")
         if "test" in self.splits and all(has_gold(self.task, example) for example in self.examples("test")):
-            return ("dev", dev), ("test", self.examples("test"))
-        first, second = halves(dev)
-        return ("dev, first half", first), ("dev, second half", second)
+            selection, report = ("dev", self.examples("dev")), ("test", self.examples("test"))
+        else:
+            first, second = halves(self.examples("dev"))
+            selection, report = ("dev, first half", first), ("dev, second half", second)
+        if share < 1:
+            selection, report = ((name, fraction(part, share, name="held out")) for name, part in (selection, report))
+        return selection, report
 
     # Reading
 

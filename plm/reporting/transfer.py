@@ -61,6 +61,8 @@ def _label(run: Run) -> str:
         parts.append("shuffled labels")
     if settings.get("data.task.fraction", 1.0) != 1.0:
         parts.append(f"{100 * settings['data.task.fraction']:g}% of the labels")
+    if settings.get("data.task.held_out_fraction", 1.0) != 1.0:
+        parts.append(f"measured on {100 * settings['data.task.held_out_fraction']:g}% of the examples")
     return ", ".join(parts)
 
 

@@ -236,9 +236,8 @@ def test_seeds_rates_and_durations_share_one_program():
         config.update({"peak_lr": 1e-2, "warmup_steps": 0} | changes)
         tx = make_optimizer(config, graph.shapes(), steps)
         numbers = schedule_numbers(config, steps)
-        step = make_train_step(
-            graph.bind, objectives, coefficients, tx, seed=seed, schedule_numbers=numbers.on_device()
-        )
+        arguments = {"schedule_numbers": numbers.on_device()}
+        step = make_train_step(graph.bind, objectives, coefficients, tx, seed=seed, optimizer_arguments=arguments)
         state = new_state(exact_parameters(graph), tx, {})
         text.add(step.lower(state, batches[0]).as_text())
         # The same as with the numbers in the program.

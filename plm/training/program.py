@@ -101,6 +101,7 @@ def make_program(config, tokenizer, mesh, carried: bool) -> Program:
     names = tuple(objective.name for objective in objectives)
     graph = build(config, tokenizer.size, names, compute_dtype(config))
     tx = optimizer.make_optimizer(config.optimizer, graph.shapes(), config.optimizer.schedule_steps)
+    numbers = optimizer.schedule_numbers(config.optimizer, config.optimizer.schedule_steps)
 
     def new_key():  # not made here: nothing can be computed on the devices of a described topology
         return jax.random.key(config.seeds.init)
@@ -122,7 +123,7 @@ def make_program(config, tokenizer, mesh, carried: bool) -> Program:
         tx,
         microbatches=config.microbatches,
         seed=config.seeds.init,
-        schedule_numbers=optimizer.schedule_numbers(config.optimizer, config.optimizer.schedule_steps).on_device(),
+        optimizer_arguments={"schedule_numbers": numbers.on_device()},
         shardings=shardings,
     )
     return Program(

@@ -96,7 +96,7 @@ def make_train_step(
     *,
     microbatches: int = 1,
     seed: int = 0,
-    schedule_numbers: Any = None,
+    optimizer_arguments: Mapping[str, Any] | None = None,
     shardings: Any = None,
 ) -> "TrainStep":
     """`step(state, batch) -> (state, metrics)`, jitted, the state donated.
@@ -105,7 +105,7 @@ def make_train_step(
     objectives: see `plm.training.objectives`; coefficients: {name of a sum: its factor in the loss}.
     The weights of the whole batch are taken first, so microbatch gradients simply add and are exact. A step whose loss
     or gradient norm is not finite changes nothing but the counters: parameters, optimizer and carry stay.
-    schedule_numbers: `optimizer.ScheduleNumbers` that the optimizer takes; None for one that takes none.
+    optimizer_arguments: what the optimizer's `update` takes by name; arguments of the program, as the seed is.
     shardings: of the state, pinned on the way out (None on one device).
     metrics: float32 scalars: loss, gradient_norm, skipped, skipped_in_a_row, and the mean of every name.
     """
@@ -114,7 +114,7 @@ def make_train_step(
     gradient = jax.value_and_grad(loss, has_aux=True)
     together = math.lcm(*(getattr(objective, "rows_per_example", 1) for objective in objectives))
 
-    def step(state: TrainState, batch: dict, seed: jax.Array, schedule_numbers):
+    def step(state: TrainState, batch: dict, seed: jax.Array, optimizer_arguments: dict):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         weights = all_weights(objectives, batch)
         if microbatches == 1:
@@ -144,8 +144,7 @@ def make_train_step(
             )
             carry = _unstrided(carry, together)
         norm = optax.tree.norm(gradients)
-        given = {} if schedule_numbers is None else {"schedule_numbers": schedule_numbers}
-        updates, opt = optimizer.update(gradients, state.opt, state.params, **given)
+        updates, opt = optimizer.update(gradients, state.opt, state.params, **optimizer_arguments)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         params, opt, carry = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
@@ -164,7 +163,7 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt, carry, skipped), metrics
 
     jitted = jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
-    return TrainStep(jitted, (np.uint32(seed % 2**32), schedule_numbers))
+    return TrainStep(jitted, (np.uint32(seed % 2**32), dict(optimizer_arguments or {})))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -275,6 +275,8 @@ def fraction(examples: Sequence[Example], share: float, *, name: str = "labels")
     """
     if not 0 < share <= 1:
         raise UserError(f"a fraction of {share} of the labels: above 0 and at most 1 is right")
+    if share == 1:
+        return tuple(examples)
     kept = sorted(examples, key=lambda example: (_rank(example, name), example.id))
     chosen = {example.id for example in kept[: max(1, round(share * len(kept)))]}
     return tuple(example for example in examples if example.id in chosen)

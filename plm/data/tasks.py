@@ -424,8 +424,7 @@ class TaskData:
         else:
             first, second = halves(self.examples("dev"))
             selection, report = ("dev, first half", first), ("dev, second half", second)
-        if share < 1:
-            selection, report = ((name, fraction(part, share, name="held out")) for name, part in (selection, report))
+        selection, report = ((name, fraction(part, share, name="held out")) for name, part in (selection, report))
         return selection, report
 
     # Reading

@@ -31,7 +31,7 @@ from plm.training import config as configs
 
 SIZES = {  # layers, width, heads; the MLP has four times the width
     "tiny": (2, 128, 2),
-    "laptop": (2, 128, 2),
+    "laptop": (2, 128, 2),  # four layers are no further after as many updates (docs/transfer.md)
     "mini": (4, 256, 4),
     "small": (4, 512, 8),
     "medium": (8, 512, 8),
@@ -104,8 +104,7 @@ def get_config(arguments: str = ""):
         recipe = common.TINY if given.size == "tiny" else common.LAPTOP
         settings = common.on_cpu(recipe["bert"], "pydocs" if given.size == "tiny" else "")
         configs.apply(config, {**settings, "optimizer.schedule_steps": 0, "data.pairs.duplicates": 4})
-        # Texts of tasks are longer than 128 pieces here and there.
-        model |= {"max_positions": 128 if given.size == "tiny" else 512, "init": "fan_in"}
+        model |= {"max_positions": common.POSITIONS[given.size], "init": "fan_in"}
         model |= {"dropout": 0.0, "attention_dropout": 0.0, "embedding_dropout": 0.0}
     elif given.size == "large" and second:
         # Otherwise a row of 512 keeps 1.7 GiB of activations for the backward pass (`plm.plan`, v5e).

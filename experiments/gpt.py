@@ -6,7 +6,7 @@
 | preset | layers x width | parameters | hardware, time | expected |
 | --- | --- | --- | --- | --- |
 | tiny | 2 x 128 | 0.9M | 2 CPU cores, minutes | past the bigram on the embedded corpus |
-| laptop | 4 x 128 | 1.4M | 1 CPU core, 45 minutes | docs/transfer.md |
+| laptop | 4 x 128 | 1.4M | 1 CPU core, 50 minutes | docs/transfer.md |
 | small | 8 x 384 | 17.5M | one accelerator, minutes | not measured yet |
 | base (also `gpt`) | 12 x 768 | 116,534,784 | not in the paper | 18.4 per-token perplexity on BooksCorpus |
 
@@ -83,9 +83,7 @@ def get_config(arguments: str = ""):
         configs.apply(config, {**common.on_cpu(recipe["gpt"], source), "softmax_chunk": 0})
         layers = 2 if size == "tiny" else 4
         model |= {"width": 128, "layers": layers, "heads": layers, "mlp_width": 512}
-        # Texts of tasks are longer than 128 pieces here and there.
-        model["max_positions"] = 128 if size == "tiny" else 512
-        model["init"] = "fan_in"
+        model |= {"max_positions": common.POSITIONS[size], "init": "fan_in"}
         model |= {"dropout": 0.0, "attention_dropout": 0.0, "embedding_dropout": 0.0}
     if given.body != "transformer":
         model = lstm_body(model, matched=given.body == "matched")

@@ -6,7 +6,7 @@
 | preset | cells / output | highways | parameters without softmax | hardware, time | expected |
 | --- | --- | --- | --- | --- | --- |
 | tiny | 256 / 128 | 1 | 1.3M | 2 CPU cores, minutes | past the bigram, each direction, on the embedded corpus |
-| laptop | 256 / 128 | 1 | 1.3M | 1 CPU core, an hour | docs/transfer.md |
+| laptop | 256 / 128 | 1 | 1.3M | 1 CPU core, 40 to 60 minutes | docs/transfer.md |
 | small | 1024 / 128 | 1 | 13,593,296 | not published | not published |
 | medium | 2048 / 256 | 1 | 28,027,728 | not published | not published |
 | original | 4096 / 512 | 2 | 93,600,848 | 3 GTX 1080, two weeks | 39.7, mean of both directions' perplexities |

@@ -6,7 +6,7 @@
 | preset | layers x width | parameters | hardware, time | expected |
 | --- | --- | --- | --- | --- |
 | tiny | 2 x 128 | 0.9M | 2 CPU cores, minutes | past the bigram on the embedded corpus |
-| laptop | 4 x 128 | 1.4M | 1 CPU core, 50 minutes | docs/transfer.md |
+| laptop | 4 x 128 | 1.4M | 1 CPU core, 50 to 80 minutes | docs/transfer.md |
 | small | 8 x 384 | 17.5M | one accelerator, minutes | not measured yet |
 | base (also `gpt`) | 12 x 768 | 116,534,784 | not in the paper | 18.4 per-token perplexity on BooksCorpus |
 

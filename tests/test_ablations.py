@@ -73,11 +73,11 @@ def test_golden_transfer(budget, monkeypatch):
     tuning, none = read("transfer", f"{budget},stage=tuning", monkeypatch, folder="")
     assert none is None
     sweep.validate(tuning)
-    trials = {way: sum(point.name.startswith(f"{way}-") for point in tuning) for way in transfer.WAYS}
+    trials = {way: sum(point.name.startswith(f"{way}-") for point in tuning) for way in transfer.ways(budget)}
     trials = {
         way: n - sum(trials[other] for other in trials if other.startswith(f"{way}-")) for way, n in trials.items()
     }
-    assert set(trials.values()) == {3 * 2 * len(transfer.TUNED_ON[budget])}  # protocol 9
+    assert set(trials.values()) == {3 * len(transfer.EPOCHS[budget]) * len(transfer.TUNED_ON[budget])}  # protocol 9
     assert {point.overrides["seed"] for point in tuning} == {0, transfer.SEED}
     assert not any("seed1000" in point.name for point in points)
 

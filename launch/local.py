@@ -13,7 +13,7 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """command: its arguments; processes: how many run it together; cwd: where.
+    """command: its arguments; processes: how many run it together; cwd: where; after: the job it waits for, by name.
 
     log: the file that the output of its first process is appended to; those of the others are log.1.txt, ...
     """
@@ -23,6 +23,7 @@ class Job:
     log: Path
     cwd: Path
     processes: int = 1
+    after: str = ""
 
     def commands(self) -> list[tuple[str, ...]]:
         """One for each process; several find each other at a port that is free now."""
@@ -145,24 +146,29 @@ def run(
     workers: int,
     on_start: Callable[[Job, int, Share], None],
     on_end: Callable[[Job, int], None],
+    on_skip: Callable[[Job], None] = lambda job: None,
     devices: Sequence[str] | None = None,
     grace_seconds: float = 60.0,
     poll_seconds: float = 0.5,
 ) -> Iterator[None]:
-    """Runs all jobs, `workers` at a time, in their order. A generator: it yields after every poll, for a live table.
+    """Runs all jobs, `workers` at a time, in their order but for those that wait for another one, which run when it has
+    ended well. A generator: it yields after every poll, for a live table.
 
-    on_start(job, process id, its share) and on_end(job, return code; negative for a signal) are called as it happens.
+    on_start(job, process id, its share), on_end(job, return code; negative for a signal) and on_skip(job), for one that
+    waits for a job that failed or was skipped, are called as it happens.
     devices: CUDA devices to be shared out; None leaves them alone. Closing the generator (also by Ctrl-C) ends what
     still runs: SIGTERM, on which a run saves itself, and SIGKILL `grace_seconds` later.
     """
     waiting, free = list(jobs), shares(available_cores(), devices, workers)
     running: list[_Running] = []
+    unfinished, failed = {job.name for job in jobs}, set()
     try:
         while waiting or running:
-            while waiting and free:
-                started = _Running(waiting.pop(0), free.pop(0))
+            while free and (job := next((one for one in waiting if one.after not in unfinished), None)):
+                waiting.remove(job)
+                started = _Running(job, free.pop(0))
                 running.append(started)
-                on_start(started.job, started.processes[0].pid, started.share)
+                on_start(job, started.processes[0].pid, started.share)
             yield
             time.sleep(poll_seconds)
             for one in list(running):
@@ -172,6 +178,11 @@ def run(
                     running.remove(one)
                     free.append(one.share)
                     on_end(one.job, code)
+                    (failed.add if code else unfinished.remove)(one.job.name)
+            for job in [one for one in waiting if one.after in failed]:
+                waiting.remove(job)
+                failed.add(job.name)
+                on_skip(job)
     finally:
         for one in running:
             one.signal(signal.SIGTERM)

@@ -313,10 +313,14 @@ class Backend:
             ready = []
             for point in stage:
                 if point.start and state(by_name[point.start].workdir, self.jobs()) != "finished":
-                    print(f"waiting  {point.name}: {point.start} is not finished", flush=True)
+                    self._say_waiting(point)
                 else:
                     ready.append(point)
             yield from self.run(ready, records)
+
+    @staticmethod
+    def _say_waiting(point: Point) -> None:
+        print(f"waiting  {point.name}: {point.start} is not finished", flush=True)
 
     def exit_code(self, states: Sequence[str]) -> int:
         """0 if all chosen points are as they should be when the command ends."""
@@ -333,6 +337,7 @@ class Local(Backend):
         self.workers, self.processes, self.devices, self.grace = workers, processes, devices, grace
 
     def _jobs(self, points: Sequence[Point], folder: str = "") -> list[local.Job]:
+        own = {point.name for point in points}
         return [
             local.Job(
                 point.name,
@@ -340,6 +345,7 @@ class Local(Backend):
                 Path(folder, point.name, "log.txt") if "://" in str(point.workdir) else Path(point.workdir / "log.txt"),
                 Path.cwd(),  # relative paths of configs and corpora mean what they mean here
                 self.processes if point.trains else 1,
+                point.start if point.start in own else "",
             )
             for point in points
         ]
@@ -347,7 +353,20 @@ class Local(Backend):
     def commands(self, points: Sequence[Point]) -> list[str]:
         return [shlex.join(command) for job in self._jobs(points) for command in job.commands()]
 
+    def run_all(self, points: Sequence[Point], chosen: Sequence[Point], records: Records) -> Iterator[None]:
+        """Here a point need not wait until all points of a stage have ended: a worker takes the first that can run."""
+        own, by_name = {point.name for point in points}, {point.name: point for point in chosen}
+        ready = []
+        for point in points:
+            if point.start and point.start not in own and state(by_name[point.start].workdir) != "finished":
+                self._say_waiting(point)
+                own.remove(point.name)
+            else:
+                ready.append(point)
+        return self.run(ready, records)
+
     def run(self, points: Sequence[Point], records: Records) -> Iterator[None]:
+        """Runs `points`, each after the one of them that it starts from."""
         with tempfile.TemporaryDirectory(prefix="plm-logs-") as folder:
             yield from self._run(points, records, folder)
 
@@ -375,6 +394,7 @@ class Local(Backend):
             workers=self.workers,
             on_start=started,
             on_end=ended,
+            on_skip=lambda job: self._say_waiting(by_name[job.name]),
             devices=self.devices,
             grace_seconds=self.grace,
         )

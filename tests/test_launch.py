@@ -139,6 +139,35 @@ def test_closing_the_pool_ends_its_processes(experiment, trainer, tmp_path):
     assert time.monotonic() - start < 5
 
 
+def test_a_job_runs_as_soon_as_the_one_it_waits_for_has_ended_well(tmp_path):
+    """`later` does not wait for `slow`, which waits for `later`; what waits for `broken`, or for that, is left."""
+
+    def job(name, code, after=""):
+        return local.Job(name, (sys.executable, "-c", code), tmp_path / f"{name}.txt", tmp_path, after=after)
+
+    until_later = "import pathlib, time\nwhile not pathlib.Path('later').exists(): time.sleep(0.01)"
+    jobs = [
+        job("slow", until_later),
+        job("quick", ""),
+        job("later", "open('later', 'w')", after="quick"),
+        job("broken", "raise SystemExit(1)"),
+        job("lost", "", after="broken"),
+        job("lost too", "", after="lost"),
+    ]
+    ended, skipped = [], []
+    pool = local.run(
+        jobs,
+        workers=2,
+        on_start=lambda *_: None,
+        on_end=lambda job, code: ended.append((job.name, code)),
+        on_skip=lambda job: skipped.append(job.name),
+        poll_seconds=0.05,
+    )
+    assert len(list(zip(pool, range(1000), strict=False))) < 1000, "it hangs"
+    assert sorted(ended) == [("broken", 1), ("later", 0), ("quick", 0), ("slow", 0)]
+    assert skipped == ["lost", "lost too"]
+
+
 def test_the_processes_of_a_point_share_what_it_got(experiment, trainer, tmp_path):
     root = tmp_path / "root"
     assert launch(experiment, root, only=["a"], processes=2, devices=["4", "5", "6", "7"]) == 0
@@ -243,8 +272,9 @@ def test_points_start_from_others_and_share_them(staged, trainer, tmp_path, monk
     )
     assert f"--model={shared}/gpt-seed1@all --suite=minimal_pairs" in calls(shared / "gpt-seed1")
     assert points.state(root / "pairs") == "finished"
-    started = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("started")]
-    assert started.index("tuned-seed0") > started.index("gpt-seed1")
+    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    for parent, child in (("gpt-seed0", "tuned-seed0"), ("gpt-seed1", "tuned-seed1"), ("gpt-seed1", "pairs")):
+        assert lines.index(["started", child]) > lines.index(["finished", parent])
     # Another sweep beside it finds them trained.
     assert launch(staged, tmp_path / "other") == 0
     assert len(calls(shared / "gpt-seed0")) == 1

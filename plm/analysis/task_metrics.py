@@ -30,7 +30,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from sklearn import metrics as sklearn_metrics
 
 from plm.data.examples import Example, Task
 from plm.errors import UserError
@@ -54,24 +53,32 @@ def _flat(gold: Sequence[Example], predictions: Predictions) -> tuple[list, list
 
 
 def accuracy(gold: Sequence[Example], predictions: Predictions, labels: Sequence[str] = ()) -> float:
-    return float(sklearn_metrics.accuracy_score(*_flat(gold, predictions)))
+    from sklearn.metrics import accuracy_score  # takes as long to load as JAX, and most commands never ask for it
+
+    return float(accuracy_score(*_flat(gold, predictions)))
 
 
 def f1_positive(gold: Sequence[Example], predictions: Predictions, labels: Sequence[str] = ()) -> float:
+    from sklearn.metrics import f1_score
+
     if len(labels) != 2:
         raise UserError(f"metric f1_positive needs two classes, not {len(labels)}; f1_macro takes any number")
-    return float(sklearn_metrics.f1_score(*_flat(gold, predictions), pos_label=1, zero_division=0.0))
+    return float(f1_score(*_flat(gold, predictions), pos_label=1, zero_division=0.0))
 
 
 def f1_macro(gold: Sequence[Example], predictions: Predictions, labels: Sequence[str] = ()) -> float:
     """Over the classes that the gold labels hold; one that is never predicted counts 0."""
+    from sklearn.metrics import f1_score
+
     truth, predicted = _flat(gold, predictions)
     classes = sorted(set(truth))
-    return float(sklearn_metrics.f1_score(truth, predicted, labels=classes, average="macro", zero_division=0.0))
+    return float(f1_score(truth, predicted, labels=classes, average="macro", zero_division=0.0))
 
 
 def matthews(gold: Sequence[Example], predictions: Predictions, labels: Sequence[str] = ()) -> float:
-    return float(sklearn_metrics.matthews_corrcoef(*_flat(gold, predictions)))
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(*_flat(gold, predictions)))
 
 
 def pearson(gold: Sequence[Example], predictions: Predictions, labels: Sequence[str] = ()) -> float:

@@ -246,17 +246,9 @@ def _held_out(run: Run, corpus: Corpus, split: str, limit: int | None = None) ->
         evaluator = dataclasses.replace(evaluator, limit=limit)
     with jax.set_mesh(evaluator.mesh):
         values = evaluator(jax.device_put(run.model.params, evaluator.batches.replicated))
-    rows = [
-        {
-            "metric": name.removeprefix("eval/"),
-            "split": split,
-            "n": values.get(f"{name}_targets", 0.0),
-            "value": value,
-        }
-        for name, value in values.items()
-        if not name.endswith("_targets")
-    ]
-    return Outcome(rows)
+    return Outcome(
+        [{"metric": name, "split": split, "n": n, "value": value} for name, n, value in metrics.held_out(values)]
+    )
 
 
 def _countable(run: Run, suite: str) -> Corpus:

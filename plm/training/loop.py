@@ -53,6 +53,7 @@ class Evaluator:
     limit: int
     carried: bool
     measure: Callable[[dict], dict[str, float]] | None = None  # of a task: {objective: {item: prediction}} -> metrics
+    examples: int = 0  # that `measure` is about
     step: Callable | None = None  # the program, of another evaluator of the same model and objectives
 
     def __post_init__(self):
@@ -64,17 +65,19 @@ class Evaluator:
         self.fresh, _ = fresh_carry(self.graph, batches.batch_size, self.carried, batches.row_sharding)
 
     def __call__(self, params, progress=None) -> dict[str, float]:
-        """{eval/name: value}: weighted means of every name, loss, perplexities of next-token losses, targets."""
+        """{eval/name: value}: weighted means of every name, loss, perplexities of next-token losses, a task's metrics;
+        and {eval/name_targets: how many things were averaged}. `metrics.held_out` reads it."""
         sums, predictions = self.run(params)
         means = {name: total / weight for name, (total, weight) in sums.items() if weight > 0}
         values = {f"eval/{name}": value for name, value in means.items()}
+        values |= {f"eval/{name}{metrics.TARGETS}": float(sums[name][1]) for name in means}
         values["eval/loss"] = sum(factor * means[name] for name, factor in self.coefficients.items())
         for name in self.coefficients:
             if name.split("_")[0] not in configs.TASK_OBJECTIVES:
-                values[f"eval/{name}_perplexity"] = math.exp(min(means[name], 700.0))
-            values[f"eval/{name}_targets"] = float(sums[name][1])
+                values[f"eval/{name}{metrics.PERPLEXITY}"] = math.exp(min(means[name], 700.0))
         if self.measure is not None and self.steps == self.batches.layout.steps:
-            values |= {f"eval/{name}": value for name, value in self.measure(predictions).items()}
+            for name, value in self.measure(predictions).items():
+                values |= {f"eval/{name}": value, f"eval/{name}{metrics.TARGETS}": float(self.examples)}
         return values
 
     @property
@@ -157,8 +160,10 @@ def train(config, workdir: epath.PathLike) -> dict[str, float]:
             held_out = make_batches(config, corpus, "eval", mesh)
             scored, scored_coefficients = make_objectives(config, corpus.tokenizer, evaluation=True)
             measure = None if corpus.task is None else functools.partial(task_results.measure, corpus.valid)
-            limit = config.eval.batches
-            evaluator = Evaluator(graph, held_out, scored, scored_coefficients, limit, program.carried, measure)
+            limit, examples = config.eval.batches, 0 if corpus.task is None else len(corpus.valid.examples)
+            evaluator = Evaluator(
+                graph, held_out, scored, scored_coefficients, limit, program.carried, measure, examples
+            )
         else:
             record.say(
                 "no document is held out, so nothing will be evaluated: give data.valid_source, more documents or"

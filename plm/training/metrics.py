@@ -417,6 +417,16 @@ class Result:
     high: float | None = None
 
 
+TARGETS, PERPLEXITY = "_targets", "_perplexity"  # behind the name of a held-out number
+
+
+def held_out(values: Mapping[str, float]) -> list[tuple[str, float, float]]:
+    """(name, how many things were averaged, value) of an `Evaluator`'s numbers; the loss, a sum of means, has 0."""
+    names = [name for name in values if not name.endswith(TARGETS)]
+    counts = [values.get(f"{name.removesuffix(PERPLEXITY)}{TARGETS}", 0.0) for name in names]
+    return [(name.removeprefix("eval/"), n, values[name]) for name, n in zip(names, counts, strict=True)]
+
+
 def append_results(workdir: epath.PathLike, rows: Iterable[Result]) -> None:
     """Appends rows to workdir/results.jsonl."""
     writer = LineWriter(epath.Path(workdir) / RESULTS)

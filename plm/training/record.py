@@ -204,9 +204,9 @@ class Record:
         self.pause(seconds)
         self._metrics.add(step, {**values, "eval/seconds": seconds, "seconds": self._seconds()})
         shown = ", ".join(
-            f"{name.removeprefix('eval/')} {value:.4f}"
-            for name, value in values.items()
-            if not name.endswith(("_targets", "_perplexity"))
+            f"{name} {value:.4f}"
+            for name, _, value in metrics.held_out(values)
+            if not name.endswith(metrics.PERPLEXITY)
         )
         self._progress.message(f"step {step}: held-out {shown}")
         if not self.enabled:
@@ -219,14 +219,13 @@ class Record:
                     run=self.run.facts["name"],
                     step=step,
                     suite="pretraining" if self.task is None else "task",
-                    metric=f"{prefix}{name.removeprefix('eval/')}",
+                    metric=f"{prefix}{name}",
                     **seeds(self.config, self.run.facts),
                     split="valid" if self.task is None else self.held_out,
-                    n=values.get(f"{name}_targets", 0.0),
+                    n=n,
                     value=value,
                 )
-                for name, value in values.items()
-                if not name.endswith("_targets")
+                for name, n, value in metrics.held_out(values)
             ],
         )
         self._update(step)

@@ -9,14 +9,14 @@
 | budget | points | hardware, time | expected |
 | --- | --- | --- | --- |
 | tiny | 15 pretraining, 250 on tasks | 2 CPU cores, two hours | not measured yet |
-| laptop | 3 pretraining, 15 of tuning, 168 on tasks | 2 CPU cores, five hours by estimate | in part: docs/transfer.md |
+| laptop | 3 pretraining, 15 of tuning, 168 on tasks | 2 CPU cores, three to six hours | docs/transfer.md |
 | small | 15 pretraining, 1050 on tasks | one accelerator, half a day | not measured yet |
 
-`laptop` takes the presets of that name, which read 5 to 12 million tokens of your text in 20 to 80 minutes on one core;
-every task gives a fixed part of its examples (`PARTS`), so that a run takes one to eight minutes; one pretraining run
-of each model, three seeds on each task. Controls (protocol 13): every model from scratch by the same way, random
-features under ELMo's BiLSTM, and word2vec on the pretraining text under it. `laptop` has no rows of ELMo with all
-parameters trained.
+`laptop` takes the presets of that name, which read 5 to 49 million tokens of your text in 40 minutes to two hours on one
+core; every task gives a fixed part of its examples (`PARTS`), so that a run takes 15 seconds to eight minutes; one
+pretraining run of each model, three seeds on each task. Controls (protocol 13): every model from scratch by the same
+way, random features under ELMo's BiLSTM, and word2vec on the pretraining text under it. `laptop` has no rows of ELMo
+with all parameters trained.
 Every way has rates and durations of its own, the controls too, chosen on selection parts by the same number of trials,
 from the first pretraining run and with a seed that the table does not use (`stage=tuning`); the best epoch on the
 selection part is reported (protocol 9).

@@ -32,8 +32,8 @@ TINY = {
     "gpt": Recipe(vocab=4096, batch_size=16, seq_len=128, total_steps=500, peak_lr=2e-3, warmup_steps=50),
     "bert": Recipe(vocab=4096, batch_size=16, seq_len=128, total_steps=500, peak_lr=5e-4, warmup_steps=50),
 }
-# The laptop presets, on text of the user's own: 40 minutes to two hours each on one core (docs/transfer.md). BERT, which
-# predicts one piece in seven, stays near the unigram of its targets for 6,000 updates and leaves it then.
+# The laptop presets, on text of the user's own: 40 minutes to two hours each on one core (docs/transfer.md). BERT
+# predicts one piece in seven: it stays near the unigram of its targets for 6,000 updates, and leaves it then.
 LAPTOP = {
     "elmo": Recipe(vocab=16000, batch_size=64, seq_len=20, total_steps=4000, peak_lr=0.2, warmup_steps=0),
     "gpt": Recipe(vocab=4096, batch_size=16, seq_len=128, total_steps=6000, peak_lr=2e-3, warmup_steps=200),

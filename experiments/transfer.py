@@ -12,8 +12,8 @@
 | laptop | 3 pretraining, 15 of tuning, 168 on tasks | 2 CPU cores, three to six hours | docs/transfer.md |
 | small | 15 pretraining, 1050 on tasks | one accelerator, half a day | not measured yet |
 
-`laptop` takes the presets of that name, which read 5 to 49 million tokens of your text in 40 minutes to two hours on one
-core; every task gives a fixed part of its examples (`PARTS`), so that a run takes 15 seconds to eight minutes; one
+`laptop` takes the presets of that name, which read 5 to 49 million tokens of your text in 40 minutes to two hours on
+one core; every task gives a fixed part of its examples (`PARTS`), so that a run takes 15 seconds to eight minutes; one
 pretraining run of each model, three seeds on each task. Controls (protocol 13): every model from scratch by the same
 way, random features under ELMo's BiLSTM, and word2vec on the pretraining text under it. `laptop` has no rows of ELMo
 with all parameters trained.

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from fixtures.children import ROOT, RUNS
 
 from plm.analysis import suites, task_suite
 from plm.data import static_vectors
+from plm.data.sources import cache_directory
 from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
 from plm.inference import model as models
@@ -164,7 +166,10 @@ def test_a_finished_run_is_reported_once_with_its_predictions(sources, task, tmp
     run = suites.Run(str(tmp_path / "run"), progress=False)
     shown: list[str] = []
     rows = suites.evaluate(run, ["task"], say=lambda line: None, show=shown.append)
-    assert [(row.split, row.pretrain_seed) for row in rows] == [("dev, first half", 7), ("dev, second half", 7)]
+    assert [(row.split, row.pretrain_seed) for row in rows[:-1]] == [("dev, first half", 7), ("dev, second half", 7)]
+    assert rows[-1].metric == "custom/pretrained_8_grams"
+    assert 0.5 < rows[-1].value < 1, "its sentences are the corpus's, and some of those were held out"
+    assert f"custom by run ({rows[-1].value:.2%} of its 8-grams were pretrained on FLAGGED)" in shown[0]
     assert rows[1].value == report.values["accuracy"]
     assert (tmp_path / "run" / rows[1].predictions).read_text() == report.text
     assert "dev, second half" in shown[0]
@@ -177,6 +182,27 @@ def test_a_finished_run_is_reported_once_with_its_predictions(sources, task, tmp
     again = task_suite.evaluate(task_suite.Predictor(other.lock(), model.tokenizer, model.params, progress=False))
     assert [part.text for part in again] == [selection.text, report.text]
     assert model.embed(["one two"], layers=-1)[0].shape[-1] == 16  # it is still a model that embeds
+
+
+def test_what_was_pretrained_on_is_looked_up_where_that_takes_seconds(sources, task, tmp_path, monkeypatch):
+    loop.train(config_of(sources / "pairs", task, total_steps=1), tmp_path / "run")
+    shutil.rmtree(cache_directory() / "overlaps", ignore_errors=True)
+
+    def known(folder) -> list[float]:
+        run = suites.Run(str(tmp_path / "run"), output=str(tmp_path / folder), progress=False)
+        rows = suites.evaluate(run, ["task"], say=lambda line: None, show=shown.append)
+        return [row.value for row in rows if row.metric == "custom/pretrained_8_grams"]
+
+    shown: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(suites, "READ_BYTES", 0)
+        assert known("long") == []
+        assert f"--suite=overlap --task=custom,... on {sources / 'pairs'}" in shown[-1]
+    (share,) = known("short")
+    assert 0.5 < share < 1
+    with monkeypatch.context() as patch:
+        patch.setattr(suites, "READ_BYTES", 0)
+        assert known("again") == [share], "it is in the cache"
 
 
 def test_vectors_of_a_file_are_read_once_and_stand_beside_the_model(sources, task, tmp_path, monkeypatch):

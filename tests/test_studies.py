@@ -156,6 +156,17 @@ def test_ours_beside_the_papers(root):
     assert "the paper" in figure.svg
 
 
+def test_what_was_pretrained_on_is_flagged(root):
+    row = {"suite": "task", "metric": "sst2/pretrained_8_grams", "split": "all", "step": 20, "n": 1}
+    for seed, share in ((1, 0.004), (3, 0.02)):
+        path = root / f"new-seed{seed}" / "results.jsonl"
+        path.write_text(json.dumps(row | {"value": share}) + "\n" + path.read_text())
+        table = study_tables.cells_table(Results(studies.read(root)))
+        flagged = [column.name for column in table.columns if "FLAGGED" in column.name]
+        assert flagged == (["SST-2 FLAGGED"] if share > 0.01 else []), "one run is enough"
+    assert "FLAGGED: of the task's 8-grams these were in the pretraining text: SST-2 2.0%." in table.note
+
+
 def test_a_quantity_of_every_arm_is_drawn_beside_the_papers(root):
     results = Results(studies.read(root))
     column = dataclasses.replace(results.study.column("score"), group="arms")

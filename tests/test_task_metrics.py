@@ -324,7 +324,7 @@ class _Run:
     """What the suite reads of a run."""
 
     def __init__(self, documents):
-        self.documents, self.read = documents, 0
+        self.documents, self.read, self.facts = documents, 0, {}
         self.corpus = type("Corpus", (), {"meta": {"fingerprint": "f"}})
 
     def train_documents(self):

@@ -14,6 +14,7 @@ import numpy as np
 
 from plm.data.examples import COPIED_WORDS, Example, words
 
+PRETRAINED = "pretrained_8_grams"  # metric of a run on a task: the share of it that its model was pretrained on
 FLAG = 0.01  # protocol 1: above this share a task's numbers are flagged wherever they stand
 BLOCK = 1 << 20
 

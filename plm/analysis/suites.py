@@ -12,6 +12,7 @@ remembered in the cache, so that all runs over one corpus share sentences and pa
 Suites that read no corpus of the run (`Suite.of_corpus`) take any model that `plm.load` does.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -55,6 +56,7 @@ EVALUATIONS, SAMPLES, SENSES = "evaluations.json", "samples.json", "senses.json"
 TABLES = "evaluations"  # the folder of what suites show
 VERSION = 1  # raise it whenever the same settings would choose other sentences or count otherwise
 READ_CHARACTERS = 1 << 28  # of training and of held-out text, at most, that pairs and samples are chosen from
+READ_BYTES = 1 << 26  # of pretraining text, at most, that a run on a task looks through for its own examples: seconds
 NGRAM_TOKENS = 100_000_000  # n-gram tables take about 200 bytes a token
 
 
@@ -179,11 +181,17 @@ class Run:
         found = json.loads(path.read_text("utf-8"))
         return {"pairs": [_pair(pair) for pair in found["pairs"]], "samples": found["samples"]}
 
+    def _train_shards(self) -> list:
+        return sources.parse(self.config.data.source, invalid_utf8=self.config.data.invalid_utf8).shards()
+
+    def train_bytes(self) -> int:
+        """How much `train_documents` reads."""
+        return sum(shard.bytes for shard in self._train_shards())
+
     def train_documents(self) -> Iterator[Sequence[str]]:
         """The sentences of every document that the run was trained on, read once more from its source."""
-        data = self.config.data
+        data, shards = self.config.data, self._train_shards()
         fraction = 0.0 if data.valid_source else data.valid_fraction
-        shards = sources.parse(data.source, invalid_utf8=data.invalid_utf8).shards()
         bar = Progress("reading text", sum(shard.bytes for shard in shards), unit="B", enabled=self.progress)
         for shard in shards:
             for document in shard.documents():
@@ -357,20 +365,27 @@ def _fitting(model: Model, sentences: Sequence[list[str]], targets: Sequence[int
     return [words for words, _ in kept], [target for _, target in kept]
 
 
-def evaluate_overlap(run: Run, settings: Mapping, data: TaskData) -> Outcome:
-    """The share of a task's runs of eight words, and of its examples, that the training text holds.
-
-    Kept in the cache by text and task, so that all runs over one corpus read it once.
-    """
-    key = (VERSION, dict(settings), run.corpus.meta["fingerprint"], data.fingerprint)
+def _overlaps(run: Run, settings: Mapping, data: TaskData, *, at_once: bool = False) -> dict[str, overlap.Overlap]:
+    """{split: how much of it the run was trained on}. Kept in the cache by text and task, so that all runs over one
+    corpus read it once. at_once: {} for what is not there yet and would take more than seconds."""
+    trained_on = run.facts.get("corpus", {}).get("fingerprint") or run.corpus.meta["fingerprint"]
+    key = (VERSION, dict(settings), trained_on, data.fingerprint)
     path = sources.cache_directory() / "overlaps" / f"{stable_hash('overlap', *key, bits=128):032x}.json"
     if not path.exists():
+        if at_once and run.train_bytes() > READ_BYTES:
+            return {}
+        _ = run.corpus  # an error for text that has changed since
         with writable(path.parent), locked(path):
             if not path.exists():
                 splits = {split: data.examples(split) for split in data.splits}
                 found = overlap.overlaps(splits, run.train_documents(), length=settings["length"])
                 metrics.write_atomically(path, json.dumps({name: vars(one) for name, one in found.items()}))
-    found = {name: overlap.Overlap(**one) for name, one in json.loads(path.read_text("utf-8")).items()}
+    return {name: overlap.Overlap(**one) for name, one in json.loads(path.read_text("utf-8")).items()}
+
+
+def evaluate_overlap(run: Run, settings: Mapping, data: TaskData) -> Outcome:
+    """The share of a task's runs of eight words, and of its examples, that the training text holds."""
+    found = _overlaps(run, settings, data)
     rows = []
     for split, one in found.items():
         touched = one.touched / one.examples
@@ -457,11 +472,9 @@ def evaluate_task(run: Run, settings: Mapping) -> Outcome:
         for layer, share in enumerate(own):
             name = f"{predictor.task.name}/{task_suite.MIX}/{place}/{layer_name(layer)}"
             rows.append({"metric": name, "split": "learned", "n": len(own), "value": float(share)})
-    share, known = _pretrained_share(run, predictor.task.name)
+    share, known = _pretrained_share(run, predictor.task)
     if share is not None:
-        rows.append(
-            {"metric": f"{predictor.task.name}/{task_suite.PRETRAINED}", "split": "all", "n": 1, "value": share}
-        )
+        rows.append({"metric": f"{predictor.task.name}/{overlap.PRETRAINED}", "split": "all", "n": 1, "value": share})
     title = f"{predictor.task.name} by {run.name} ({known})"
     tables = [Table(title, ["metric", "examples of", "n", "value"], body)]
     if shares:
@@ -481,14 +494,24 @@ def mix_shares(params: Mapping) -> dict[str, list[float]]:
     return {f"mix {number}": own for number, own in enumerate(found)}
 
 
-def _pretrained_share(run: Run, task: str) -> tuple[float | None, str]:
-    """(the largest share of a split's 8-grams that the model was pretrained on, that in words), as the suite overlap
-    measured it for the run that this one starts from."""
+def _pretrained_share(run: Run, data: TaskData) -> tuple[float | None, str]:
+    """(the largest share of a split's 8-grams that the model was pretrained on, that in words): as the suite overlap
+    measured it for the run that this one starts from, or measured now where that takes seconds."""
     source = (run.facts.get("starts_from") or {}).get("source")
-    rows = metrics.read_results(source) if source and is_run(source) else []
-    shares = [row.value for row in rows if row.suite == "overlap" and row.metric == f"{task}/8_grams"]
+    shares: list[float] = []
+    if source and is_run(source):
+        rows = metrics.read_results(source)
+        shares = [row.value for row in rows if row.suite == "overlap" and row.metric == f"{data.name}/8_grams"]
+    if source and is_run(source) and not shares:
+        with contextlib.suppress(UserError):  # its text has gone, or has changed
+            pretrained = Run(source, progress=run.progress)
+            found = _overlaps(pretrained, SUITES["overlap"].settings, data, at_once=True)
+            shares = [one.share for one in found.values()]
     if not shares:
-        return None, f"how much of it was pretrained on: --suite=overlap --task={task},... on {source or 'its source'}"
+        return (
+            None,
+            f"how much of it was pretrained on: --suite=overlap --task={data.name},... on {source or 'its source'}",
+        )
     flag = " FLAGGED" if max(shares) > overlap.FLAG else ""
     return max(shares), f"{max(shares):.2%} of its 8-grams were pretrained on{flag}"
 

@@ -26,7 +26,6 @@ from plm.training.program import make_batches
 
 FOLDER = "predictions"
 MIX = "mix"  # metric: the share of a layer in a learned mix
-PRETRAINED = "pretrained_8_grams"  # metric: the share of the task that the model was pretrained on
 _ENDS = {"squad": "json", "mclwic": "json", "jsonl": "jsonl", "wic": "txt", "conll": "conll", "glue": "tsv"}
 
 

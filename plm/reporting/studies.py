@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from plm.analysis.overlap import PRETRAINED
 from plm.analysis.results import counts_file
 from plm.errors import UserError
 
@@ -243,6 +244,13 @@ class Results:
         row = max(rows, key=lambda one: one.get("step") or 0)
         counts, examples = _counts(cell.place, str(row.get("predictions") or ""), column)
         return Value(cell, column.factor * float(row["value"]), counts, examples)
+
+    def pretrained(self, column: Column) -> float:
+        """The largest share of the task's 8-grams that a model of this column was pretrained on, as far as measured."""
+        metric = f"{column.metric.partition('/')[0]}/{PRETRAINED}"
+        cells = (cell for (_, name), own in self.study.cells.items() if name == column.name for cell in own)
+        rows = (row for cell in cells for row in self._read(cell.place) if row.get("metric") == metric)
+        return max((row["value"] for row in rows), default=0.0)
 
     def facts(self, place: str) -> dict:
         """run.json of a cell's run, {} where there is none."""

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from plm.analysis.overlap import FLAG
+from plm.reporting import studies
 from plm.reporting.statistics import (
     FEWEST_SEEDS,
     Contrast,
@@ -45,7 +47,7 @@ def cells_table(results: Results) -> Table | None:
         return None
     columns: list[Column] = [Column("arm")]
     for one in shown:
-        columns.append(Column(one.label, one.unit, f".{one.digits}f", interval=True))
+        columns.append(Column(_flagged(results, one), one.unit, f".{one.digits}f", interval=True))
         columns.append(Column(f"{one.label}, paper", one.unit, f".{one.digits}f"))
     rows, muted = [], set()
     for number, row in enumerate(study.rows):
@@ -55,7 +57,7 @@ def cells_table(results: Results) -> Table | None:
         rows.append(cells)
         if row.control:
             muted.add(number)
-    note = [_measured(study), _seeds(results), _missing(results)]
+    note = [_measured(study), _seeds(results), _missing(results), _overlap(results, shown)]
     title = f"{study.title}: ours at budget {study.budget}, and the paper's"
     table = Table(f"{identifier(study)}_cells", title, columns, rows, " ".join(filter(None, note)), muted, compact=True)
     return table.without_empty_columns()
@@ -73,7 +75,7 @@ def curve_tables(results: Results) -> list[Table]:
         ]
         if rows:
             columns = [Column("arm"), *(Column(c.label, c.unit, f".{c.digits}f") for c in own)]
-            note = " ".join(filter(None, [_seeds(results), _missing(results)]))
+            note = " ".join(filter(None, [_seeds(results), _missing(results), _overlap(results, own)]))
             name = f"{identifier(study)}_{drawing.group}"
             tables.append(Table(name, drawing.title, columns, rows, note, compact=True))
     return tables
@@ -209,6 +211,17 @@ def _deviation(results: Results, column: str) -> float:
 def _measured(study: Study) -> str:
     named = [f"{column.label}: here {column.measured}" for column in study.columns if column.measured]
     return "; ".join(dict.fromkeys(named)) + "." if named else ""
+
+
+def _flagged(results: Results, column: studies.Column) -> str:
+    """The column's label, and protocol 1's flag."""
+    return column.label + " FLAGGED" * (results.pretrained(column) > FLAG)
+
+
+def _overlap(results: Results, columns: Sequence[studies.Column]) -> str:
+    shares = {column.label: results.pretrained(column) for column in columns}
+    named = [f"{label} {share:.1%}" for label, share in shares.items() if share > FLAG]
+    return f"FLAGGED: of the task's 8-grams these were in the pretraining text: {', '.join(named)}." if named else ""
 
 
 def _seeds(results: Results) -> str:

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 
-from plm.analysis.overlap import FLAG
+from plm.analysis.overlap import FLAG, PRETRAINED
 from plm.reporting.runs import SEED_SUFFIX, Run, is_finite
 from plm.reporting.statistics import Summary, summarise
 from plm.reporting.studies import is_selection
@@ -21,7 +21,6 @@ TRIED = ("optimizer.peak_lr", "total_steps")
 _DEPENDENT = ("optimizer.warmup_steps", "optimizer.schedule_steps")
 SUITE = "task"
 NO_SPLIT = ("all", "learned")  # rows that are no score: the overlap with the pretraining text, shares in a mix
-PRETRAINED = "pretrained_8_grams"
 
 
 def _measured(run: Run) -> dict[str, dict[str, dict]]:

@@ -7,7 +7,7 @@
 | preset | layers x width | encoder + pooler, uncased | hardware, time (phases 1 + 2) | expected |
 | --- | --- | --- | --- | --- |
 | tiny | 2 x 128 | 1.0M at its own 4,096 pieces | 2 CPU cores, minutes | 0.5 nat under the unigram, embedded corpus |
-| laptop | 2 x 128 | 1.0M at its own 4,096 pieces | 1 CPU core, one to two hours | docs/transfer.md |
+| laptop | 2 x 128 | 1.0M at its own 4,096 pieces | 1 CPU core, 45 minutes to two hours | docs/transfer.md |
 | mini | 4 x 256 | 11,170,560 | not published | not published |
 | small | 4 x 512 | 28,763,648 | not published | not published |
 | medium | 8 x 512 | 41,373,184 | not published | not published |

@@ -178,7 +178,10 @@ def run(
                     running.remove(one)
                     free.append(one.share)
                     on_end(one.job, code)
-                    (failed.add if code else unfinished.remove)(one.job.name)
+                    if code:
+                        failed.add(one.job.name)
+                    else:
+                        unfinished.remove(one.job.name)
             for job in [one for one in waiting if one.after in failed]:
                 waiting.remove(job)
                 failed.add(job.name)

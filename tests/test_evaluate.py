@@ -79,6 +79,7 @@ def test_perplexity_repeats_the_numbers_of_the_loop(workdirs, name):
     wanted = {key: value for key, value in there.items() if key != "seconds" and not key.endswith("_targets")}
     assert {metric: row.value for metric, row in found.items()} == pytest.approx(wanted, rel=1e-6)
     assert [metric for metric, row in found.items() if row.n == 0] == ["loss"], "a sum of means"
+    assert all(row.n == there.get(f"{m.removesuffix('_perplexity')}_targets", 0) for m, row in found.items())
     own = rows_of(workdirs[name], "pretraining")
     assert {metric: row.n for metric, row in found.items()} == {metric: row.n for metric, row in own.items()}
     assert {row.step for row in found.values()} == {2}

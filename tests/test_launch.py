@@ -273,6 +273,8 @@ def test_points_start_from_others_and_share_them(staged, trainer, tmp_path, monk
     assert f"--model={shared}/gpt-seed1@all --suite=minimal_pairs" in calls(shared / "gpt-seed1")
     assert points.state(root / "pairs") == "finished"
     lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    started = [name for what, name in lines if what == "started"]
+    assert started.index("tuned-seed0") > started.index("gpt-seed1")
     for parent, child in (("gpt-seed0", "tuned-seed0"), ("gpt-seed1", "tuned-seed1"), ("gpt-seed1", "pairs")):
         assert lines.index(["started", child]) > lines.index(["finished", parent])
     # Another sweep beside it finds them trained.

@@ -164,7 +164,7 @@ def test_what_was_pretrained_on_is_flagged(root):
         table = study_tables.cells_table(Results(studies.read(root)))
         flagged = [column.name for column in table.columns if "FLAGGED" in column.name]
         assert flagged == (["SST-2 FLAGGED"] if share > 0.01 else []), "one run is enough"
-    assert "FLAGGED: of the task's 8-grams these were in the pretraining text: SST-2 2.0%." in table.note
+    assert "FLAGGED: of the task's 8-grams these were in the pretraining text: sst2 2.0%." in table.note
 
 
 def test_a_quantity_of_every_arm_is_drawn_beside_the_papers(root):

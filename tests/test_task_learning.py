@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 
-from plm.analysis import task_results
 from plm.data import tokenizers
 from plm.models.graph import build
 from plm.training import config as configs
@@ -161,8 +160,7 @@ def learn(config) -> list[dict[str, float]]:
     with jax.set_mesh(mesh):
         step = make_train_step(graph.bind, objectives, coefficients, tx)
         held_out = make_batches(config, corpus, "eval", mesh)
-        measure = lambda predictions: task_results.measure(corpus.valid, predictions)  # noqa: E731
-        evaluator = Evaluator(graph, held_out, objectives, coefficients, 0, False, measure)
+        evaluator = Evaluator(graph, held_out, objectives, coefficients, 0, False, corpus.valid)
         for shuffled in (False, True):
             config = config.copy_and_resolve_references().unlock()
             config.data.task.shuffled_labels = shuffled and "answers" not in corpus.train.arrays

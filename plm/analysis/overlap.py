@@ -19,6 +19,11 @@ FLAG = 0.01  # protocol 1: above this share a task's numbers are flagged whereve
 BLOCK = 1 << 20
 
 
+def flag(share: float) -> str:
+    """What stands behind a task or its number where this share of it was pretrained on."""
+    return " FLAGGED" if share > FLAG else ""
+
+
 @dataclasses.dataclass(frozen=True)
 class Overlap:
     """runs: of eight words in the distinct texts of a split; common: those that the pretraining text holds too.

@@ -502,18 +502,17 @@ def _pretrained_share(run: Run, data: TaskData) -> tuple[float | None, str]:
     if source and is_run(source):
         rows = metrics.read_results(source)
         shares = [row.value for row in rows if row.suite == "overlap" and row.metric == f"{data.name}/8_grams"]
-    if source and is_run(source) and not shares:
-        with contextlib.suppress(UserError):  # its text has gone, or has changed
-            pretrained = Run(source, progress=run.progress)
-            found = _overlaps(pretrained, SUITES["overlap"].settings, data, at_once=True)
-            shares = [one.share for one in found.values()]
+        if not shares:
+            with contextlib.suppress(UserError):  # its text has gone, or has changed
+                pretrained = Run(source, progress=run.progress)
+                found = _overlaps(pretrained, SUITES["overlap"].settings, data, at_once=True)
+                shares = [one.share for one in found.values()]
     if not shares:
         return (
             None,
             f"how much of it was pretrained on: --suite=overlap --task={data.name},... on {source or 'its source'}",
         )
-    flag = " FLAGGED" if max(shares) > overlap.FLAG else ""
-    return max(shares), f"{max(shares):.2%} of its 8-grams were pretrained on{flag}"
+    return max(shares), f"{max(shares):.2%} of its 8-grams were pretrained on{overlap.flag(max(shares))}"
 
 
 def _of_control(run: Run, name: str, measure: Callable[[], Any]) -> Any:

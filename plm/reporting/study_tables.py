@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from plm.analysis.overlap import FLAG
+from plm.analysis.overlap import flag
 from plm.reporting import studies
 from plm.reporting.statistics import (
     FEWEST_SEEDS,
@@ -215,12 +215,12 @@ def _measured(study: Study) -> str:
 
 def _flagged(results: Results, column: studies.Column) -> str:
     """The column's label, and protocol 1's flag."""
-    return column.label + " FLAGGED" * (results.pretrained(column) > FLAG)
+    return column.label + flag(results.pretrained(column))
 
 
 def _overlap(results: Results, columns: Sequence[studies.Column]) -> str:
-    shares = {column.label: results.pretrained(column) for column in columns}
-    named = [f"{label} {share:.1%}" for label, share in shares.items() if share > FLAG]
+    shares = {column.metric.partition("/")[0]: results.pretrained(column) for column in columns}
+    named = [f"{task} {share:.1%}" for task, share in shares.items() if flag(share)]
     return f"FLAGGED: of the task's 8-grams these were in the pretraining text: {', '.join(named)}." if named else ""
 
 

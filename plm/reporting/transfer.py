@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 
-from plm.analysis.overlap import FLAG, PRETRAINED
+from plm.analysis.overlap import PRETRAINED, flag
 from plm.reporting.runs import SEED_SUFFIX, Run, is_finite
 from plm.reporting.statistics import Summary, summarise
 from plm.reporting.studies import is_selection
@@ -71,7 +71,7 @@ def _pretrained(runs: Sequence[Run]) -> str | None:
     shares = [row["value"] for row in rows if is_finite(row.get("value"))]
     if not shares:
         return None
-    return f"{100 * max(shares):.2f}" + (" FLAGGED" if max(shares) > FLAG else "")
+    return f"{100 * max(shares):.2f}{flag(max(shares))}"
 
 
 def _trial(run: Run) -> tuple:

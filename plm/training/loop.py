@@ -5,7 +5,6 @@ resolved config alone, so typing the same command again goes on from the last ch
 """
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from plm.analysis import task_results
 from plm.data.pipeline import Batches, Corpus, open_corpus, open_task
+from plm.data.task_rows import TaskSplit
 from plm.errors import UserError
 from plm.models.graph import ModelGraph, build
 from plm.training import checkpoint, metrics, sharding
@@ -52,8 +52,7 @@ class Evaluator:
     coefficients: dict
     limit: int
     carried: bool
-    measure: Callable[[dict], dict[str, float]] | None = None  # of a task: {objective: {item: prediction}} -> metrics
-    examples: int = 0  # that `measure` is about
+    task: TaskSplit | None = None  # whose metrics are measured as well
     step: Callable | None = None  # the program, of another evaluator of the same model and objectives
 
     def __post_init__(self):
@@ -75,9 +74,9 @@ class Evaluator:
         for name in self.coefficients:
             if name.split("_")[0] not in configs.TASK_OBJECTIVES:
                 values[f"eval/{name}{metrics.PERPLEXITY}"] = math.exp(min(means[name], 700.0))
-        if self.measure is not None and self.steps == self.batches.layout.steps:
-            for name, value in self.measure(predictions).items():
-                values |= {f"eval/{name}": value, f"eval/{name}{metrics.TARGETS}": float(self.examples)}
+        if self.task is not None and self.steps == self.batches.layout.steps:
+            for name, value in task_results.measure(self.task, predictions).items():
+                values |= {f"eval/{name}": value, f"eval/{name}{metrics.TARGETS}": float(len(self.task.examples))}
         return values
 
     @property
@@ -159,11 +158,8 @@ def train(config, workdir: epath.PathLike) -> dict[str, float]:
         if corpus.valid.n_tokens:
             held_out = make_batches(config, corpus, "eval", mesh)
             scored, scored_coefficients = make_objectives(config, corpus.tokenizer, evaluation=True)
-            measure = None if corpus.task is None else functools.partial(task_results.measure, corpus.valid)
-            limit, examples = config.eval.batches, 0 if corpus.task is None else len(corpus.valid.examples)
-            evaluator = Evaluator(
-                graph, held_out, scored, scored_coefficients, limit, program.carried, measure, examples
-            )
+            limit, measured = config.eval.batches, corpus.valid if corpus.task else None
+            evaluator = Evaluator(graph, held_out, scored, scored_coefficients, limit, program.carried, measured)
         else:
             record.say(
                 "no document is held out, so nothing will be evaluated: give data.valid_source, more documents or"

@@ -248,6 +248,15 @@ def test_published_elmo_is_moved_to_a_task_without_a_vocabulary(task, tmp_path):
     assert "shares of the layers in the mix" in shown[1]
 
 
+def test_shares_in_a_mix_are_named_by_the_layers_that_were_chosen(sources, task):
+    config = config_of(sources / "pairs", task, objectives__classify__layers=(-1, 1))
+    params = {"heads": {"classify": {"reader": {"mixes": {"0": {"weights": np.log([3.0, 1.0])}}}}}}
+    layers = config.model.layers
+    assert suites.mix_shares(config, params) == {
+        "mix 0": {f"layer {layers}": pytest.approx(0.75), "layer 1": pytest.approx(0.25)}
+    }
+
+
 @pytest.mark.slow
 def test_eight_devices_measure_what_one_does(sources, task, tmp_path):
     flags = [f"--config.{key}={value}" for key, value in QUICK.items()]

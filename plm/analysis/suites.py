@@ -46,6 +46,7 @@ from plm.data.store import Progress, locked, writable
 from plm.data.tasks import TaskData
 from plm.errors import UserError
 from plm.inference.model import Model, is_run, load, read_run
+from plm.models.task_heads import chosen_layers
 from plm.randomness import stable_hash
 from plm.training import checkpoint, metrics
 from plm.training.loop import make_evaluator
@@ -467,30 +468,33 @@ def evaluate_task(run: Run, settings: Mapping) -> Outcome:
         shared = {"split": part.name, "n": part.n, "predictions": file}
         rows += [shared | {"metric": f"{predictor.task.name}/{m}", "value": v} for m, v in part.values.items()]
         body += [[m, part.name, part.n, v] for m, v in part.values.items()] or [["(no labels)", part.name, part.n, ""]]
-    shares = mix_shares(run.model.params)
+    shares = mix_shares(run.config, run.model.params)
     for place, own in shares.items():
-        for layer, share in enumerate(own):
-            name = f"{predictor.task.name}/{task_suite.MIX}/{place}/{layer_name(layer)}"
-            rows.append({"metric": name, "split": "learned", "n": len(own), "value": float(share)})
+        for layer, share in own.items():
+            name = f"{predictor.task.name}/{task_suite.MIX}/{place}/{layer}"
+            rows.append({"metric": name, "split": "learned", "n": len(own), "value": share})
     share, known = _pretrained_share(run, predictor.task)
     if share is not None:
         rows.append({"metric": f"{predictor.task.name}/{overlap.PRETRAINED}", "split": "all", "n": 1, "value": share})
     title = f"{predictor.task.name} by {run.name} ({known})"
     tables = [Table(title, ["metric", "examples of", "n", "value"], body)]
     if shares:
-        layers = [layer_name(layer) for layer in range(max(map(len, shares.values())))]
-        tables.append(Table("shares of the layers in the mix", ["mix", *layers], [[k, *v] for k, v in shares.items()]))
+        layers = list(shares["mix 0"])
+        mixes = [[place, *own.values()] for place, own in shares.items()]
+        tables.append(Table("shares of the layers in the mix", ["mix", *layers], mixes))
     return Outcome(rows, tables=tables, note=f"predictions in {run.output / task_suite.FOLDER}")
 
 
-def mix_shares(params: Mapping) -> dict[str, list[float]]:
-    """{place: softmax of the weights of a head's mix of layers} (ELMo figure 2), in the order of insertion."""
+def mix_shares(config, params: Mapping) -> dict[str, dict[str, float]]:
+    """{place: {layer: its share}}: softmax of the weights of a head's mix of layers (ELMo figure 2), in the order of
+    insertion. config: of the run."""
     found = []
     for path, value in paths_and_leaves(params):
-        if re.fullmatch(r"heads/\w+/reader/mixes/\d+/weights", path):
+        if match := re.fullmatch(r"heads/(\w+)/reader/mixes/\d+/weights", path):
             weights = np.asarray(value, np.float64)
             shares = np.exp(weights - weights.max())
-            found.append((shares / shares.sum()).tolist())
+            layers = map(layer_name, chosen_layers(config.model, config.objectives[match[1]]))
+            found.append(dict(zip(layers, (shares / shares.sum()).tolist(), strict=True)))
     return {f"mix {number}": own for number, own in enumerate(found)}
 
 

@@ -56,6 +56,12 @@ class BiLstm(nnx.Module):
         return [Part(ahead, LEFT), Part(reverse_within(back, length), RIGHT)]
 
 
+def chosen_layers(config, settings) -> tuple[int, ...]:
+    """Numbers of the layers that a head reads, 0 for the vectors below the first. Arguments as `Reader`'s."""
+    layers = range(config.layers + 1)
+    return tuple(layers[layer] for layer in settings.layers) or tuple(layers)
+
+
 class Reader(nnx.Module):
     """`reader(outputs, batch, noise)` -> the parts that a head works on, `width` features in all.
 
@@ -70,8 +76,7 @@ class Reader(nnx.Module):
     def __init__(self, config, settings, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.direction, self.reads, self.insert = config.direction, settings.reads, settings.insert
         self.rate, self.with_vectors, self.dtype = settings.input_dropout, settings.vectors > 0, dtype
-        layers = range(config.layers + 1)
-        self.chosen = tuple(layers[layer] for layer in settings.layers) or tuple(layers)
+        self.chosen = chosen_layers(config, settings)
         places = 2 if settings.lstm and settings.insert == "both" else 1
         mixes = [ScalarMix(len(self.chosen), settings.mix_norm, settings.mix_gamma) for _ in range(places)]
         self.mixes = nnx.List(mixes) if settings.reads == "mix" else None

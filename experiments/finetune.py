@@ -83,7 +83,7 @@ def get_config(arguments: str = "", source=None):
     kind = TASKS[given.task].kind if given.task != "custom" else given.kind or "single"
     source = source or _stand_in()
     config = common.configure(_common(kind, source))
-    buckets = () if kind == "span" else tuple(n for n in (32, 64, 128) if n < config.seq_len)
+    buckets = tuple(n for n in (32, 64, 128, 256) if n < config.seq_len)
     configs.set_task(config, {"name": given.task, "kind": given.kind, "buckets": buckets})
     with config.unlocked():
         config.model = source.model.copy_and_resolve_references()

@@ -117,7 +117,7 @@ def _settings(make: Maker, row: str, on, scratch: bool) -> dict:
     if make.budget == "laptop":
         settings["data.task.fraction"], settings["data.task.held_out_fraction"] = PARTS[on.task]
         if on.kind == "span":
-            settings["seq_len"] = 128  # what the presets of that name were pretrained on
+            settings |= {"seq_len": 128, "data.task.buckets": ()}  # as long as what the models were pretrained on
         elif ROWS[row][1] != "elmo":
             # Few of them: to compile one takes as long as a Transformer's hundred batches, if not an LSTM's.
             settings["data.task.buckets"] = (64, 128) if on.kind in ("tagging", "word") else (64,)

@@ -16,7 +16,7 @@ from etils import epath
 from test_report import make_run
 
 from plm.errors import UserError
-from plm.reporting import bundle, page, plots, statements, studies, study_tables
+from plm.reporting import bundle, page, plots, statements, studies, study_tables, tables
 from plm.reporting import runs as report_runs
 from plm.reporting.studies import Claim, Column, Drawing, Results, Row, Study, difference, trend
 
@@ -136,6 +136,14 @@ def test_verdicts_with_intervals(root):
     assert first["p, Holm"] is None
     assert "only over runs" in table.note
     assert "cannot go below p = 0.0625" in table.note
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0431, "+0.04"), (0.053, "+0.05"), (-0.004, "0.0"), (0, "0.0"), (-0.22, "−0.2"), (1.26, "+1.3")],
+)
+def test_a_difference_is_written_with_the_digits_that_it_needs(value, text):
+    assert tables.Column("ours", "", study_tables._signed).number(value) == text
 
 
 def test_ours_beside_the_papers(root):

@@ -171,7 +171,8 @@ def facts_table(study: Study) -> Table | None:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.1f}" if abs(value) >= 0.05 or value == 0 else f"{value:+.2f}"
+    text = f"{value:+.1f}" if abs(value) >= 0.095 else f"{value:+.2f}"
+    return text if float(text) else "0.0"
 
 
 def smallest_effect(results: Results, claim: Claim) -> float:

@@ -5,7 +5,7 @@
 
 | budget | points | hardware, time | expected |
 | --- | --- | --- | --- |
-| tiny | 5 pretraining, 40 on tasks | 2 CPU cores, 15 minutes | docs/ablations.md |
+| tiny | 5 pretraining, 40 on tasks | 2 CPU cores, 45 minutes | docs/ablations.md |
 | small | 5 pretraining, 120 on tasks | one accelerator, an hour | not measured yet |
 
 With the last layer only and all layers, each with gamma learned and fixed. The paper gives no numbers: without gamma

@@ -5,7 +5,7 @@
 
 | budget | points | hardware, time | expected |
 | --- | --- | --- | --- |
-| tiny | 5 pretraining, 45 on tasks | 2 CPU cores, 20 minutes | docs/ablations.md |
+| tiny | 5 pretraining, 45 on tasks | 2 CPU cores, 45 minutes | docs/ablations.md |
 | small | 5 pretraining, 135 on tasks | one accelerator, an hour | not measured yet |
 
 In front of the task's BiLSTM, behind it, or both, each place with a mix of its own. Behind it only, the BiLSTM reads

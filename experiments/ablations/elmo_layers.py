@@ -5,7 +5,7 @@
 
 | budget | points | hardware, time | expected |
 | --- | --- | --- | --- |
-| tiny | 5 pretraining, 60 on tasks | 2 CPU cores, 20 minutes | docs/ablations.md |
+| tiny | 5 pretraining, 60 on tasks | 2 CPU cores, 45 minutes | docs/ablations.md |
 | small | 5 pretraining, 180 on tasks | one accelerator, an hour | not measured yet |
 
 The penalty is lambda times the sum of the squared weights before their softmax. The paper's SRL has no task here; named

@@ -5,7 +5,8 @@
     python -m plm.train --config=experiments/compare.py:tiny,architecture=lstm,objective=masked --workdir=DIR
     python -m launch.sweep --config=experiments/compare.py:laptop --config.data.source='text:...' --root=DIR
     python -m launch.sweep --config=experiments/compare.py:small,cells=all --config.data.source='text:...' --root=DIR
-    python -m launch.sweep --config=experiments/compare.py:tiny,cells=all,tune=rates --root=DIR  # protocol 7
+    python -m launch.sweep --config=experiments/compare.py:tiny,cells=all,tune=rates --root=DIR    # protocol 7
+    python -m launch.sweep --config=experiments/compare.py:tiny,cells=all,tune=dropout --root=DIR
 
 | budget | body | text | hardware, time a point | expected |
 | --- | --- | --- | --- | --- |
@@ -23,8 +24,8 @@ input embedding by ELMo's convolutions; the output table stays. LSTMs that read 
 lanes, with their state carried from batch to batch (`state=fresh` starts every row from zeros, on the blocks that the
 Transformers read).
 
-`arm=native` (protocol.md 4) is the papers' own data side and objectives at this size: `model=elmo|gpt|bert` are the
-tiny presets of those files. Never put both arms on one axis.
+`arm=native` (protocol.md 4) is the papers' own data side and objectives, tiny or laptop: `model=elmo|gpt|bert` are the
+presets of those files. Never put both arms on one axis.
 """
 
 import dataclasses
@@ -70,7 +71,7 @@ BUDGETS = {
         batch_size=16,
         seq_len=64,
         duration={"total_steps": TINY_STEPS},
-        peak_lr={"transformer": 3e-3, "lstm": 4e-3},
+        peak_lr={"transformer": 3e-3, "lstm": 3e-3},
         warmup_steps=80,
         vocab=4096,
         filters=((1, 32), (2, 32), (3, 64), (4, 64)),
@@ -151,7 +152,7 @@ def body(budget: Budget, architecture: str, objective: str, *, per_tower: bool =
 
 
 def read_arguments(text: str):
-    """size=tiny|small, arm, architecture, objective, input, budget, state, model (native), cells (sweeps)."""
+    """size=tiny|laptop|small, arm, architecture, objective, input, budget, state, model (native), cells (sweeps)."""
     given = configs.arguments(
         text,
         size=tuple(BUDGETS),
@@ -163,7 +164,7 @@ def read_arguments(text: str):
         state=("carried", "fresh"),
         model=("none", "elmo", "gpt", "bert"),
         cells=("demo", "all"),
-        tune=("none", "rates"),
+        tune=("none", "rates", "dropout"),
     )
     named = {item.split("=")[0] for item in text.split(",")}
     if given.arm == "native":
@@ -191,6 +192,7 @@ def read_arguments(text: str):
 
 # Of the peak learning rates that protocol 7 tries, a quarter of the budget each; the best at an edge extends its grid.
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+DROPOUTS = (0.0, 0.1)  # protocol 7, at the chosen rate
 NATIVE_RATES = {"elmo": (0.06, 0.2, 0.6, 2.0), "gpt": RATES, "bert": (1e-4, 3e-4, 1e-3, 3e-3)}
 LANES = {("lstm", "causal"), ("lstm", "bidirectional")}
 
@@ -199,7 +201,7 @@ def get_config(arguments: str = ""):
     """One point; see `read_arguments`."""
     given = read_arguments(arguments)
     if given.cells != "demo" or given.tune != "none":
-        what = "cells='all'" if given.cells != "demo" else "tune='rates'"
+        what = "cells='all'" if given.cells != "demo" else f"tune={given.tune!r}"
         raise UserError(f"config argument {what} names a sweep: python -m launch.sweep --config=... --root=DIR")
     if given.arm == "native":
         if given.model == "none":
@@ -249,7 +251,7 @@ def get_config(arguments: str = ""):
 
 def sweep(add, arguments: str = "") -> None:
     """The demo's three models; with cells=all the six cells; with arm=native the three papers' models. With tune=rates
-    each at several learning rates and a quarter of the length (protocol 7)."""
+    or dropout each at several of them and a quarter of the length (protocol 7)."""
     given = read_arguments(arguments)
     one_cell = {item.split("=")[0] for item in arguments.split(",")} & {"architecture", "objective", "input", "model"}
     if one_cell:
@@ -272,5 +274,11 @@ def sweep(add, arguments: str = "") -> None:
         config = get_config(point)
         quarter = {key: config[key] / 4 for key in configs.DURATIONS if config[key] is not None}
         quarter = {key: value if key == "total_epochs" else round(value) for key, value in quarter.items()}
-        for rate in NATIVE_RATES[name] if given.arm == "native" else RATES:
-            add(f"{name}-lr{rate:g}", point, {"optimizer.peak_lr": rate, **quarter, "eval.every_steps": 0})
+        if given.tune == "dropout":
+            keys = [key for key in ("dropout", "embedding_dropout", "attention_dropout") if key in config.model]
+            tried = {f"dropout{share:g}": dict.fromkeys((f"model.{key}" for key in keys), share) for share in DROPOUTS}
+        else:
+            rates = NATIVE_RATES[name] if given.arm == "native" else RATES
+            tried = {f"lr{rate:g}": {"optimizer.peak_lr": rate} for rate in rates}
+        for label, settings in tried.items():
+            add(f"{name}-{label}", point, settings | quarter | {"eval.every_steps": 0})

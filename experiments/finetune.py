@@ -15,21 +15,21 @@ decides what its paper does with it:
 | --- | --- | --- | --- |
 | paper (default) | all parameters, 0.5 x LM loss beside; both orders of two like texts; last token | all parameters; \
 `[CLS]` through its pooler | frozen; mix of layers into a BiLSTM; two texts apart |
-| full | all parameters, one linear output | the same | all parameters, both towers' ends |
+| full | all parameters, one linear output, AdamW | the same | the same, on both towers' ends |
 | bert | BERT's way, on the last token (its table 5): dense and tanh before the output, BERT's optimizer | as paper | \
 as full, BERT's optimizer |
 | features | frozen; learned mix of all layers, BiLSTM of 128 cells, linear | the same | the same |
 | probe | frozen; learned mix of all layers, linear | the same | the same |
 | static | nothing but the tokens' own vectors, frozen, BiLSTM, linear | the same | the same |
 
-The last three are the same for all models, two texts apart and the maximum over a row, so that they compare (protocol
-9). Controls: `--config.init.keep=nothing` keeps only the vocabulary (from scratch; with a frozen way: random features),
-`--config.data.task.shuffled_labels=true`, `--config.data.task.fraction=0.1`, `reset_top=K` gives the K uppermost layers
-random values, `auxiliary=0` leaves GPT's language model out of the loss (it has `auxiliary` hundredths), `orders=one`
-reads its like texts in one order only, `--config.data.task.vectors=FILE` with `--config.objectives.<o>.reads=vectors`
-reads GloVe or word2vec vectors. `layer_decay=95`: each layer below the top learns with 0.95 of the rate above it.
-`select=best` measures dev after each epoch and keeps the best one (`@best`, protocol 9), which `--suite=task` then
-reports.
+The last three read two texts apart and take the maximum over a row; they and `full` are the same for all models, so
+that they compare (protocol 9). Controls: `--config.init.keep=nothing` keeps only the vocabulary (from scratch; with a
+frozen way: random features), `--config.data.task.shuffled_labels=true`, `--config.data.task.fraction=0.1`,
+`reset_top=K` gives the K uppermost layers random values, `auxiliary=0` leaves GPT's language model out of the loss (it
+has `auxiliary` hundredths), `orders=one` reads its like texts in one order only, `--config.data.task.vectors=FILE`
+with `--config.objectives.<o>.reads=vectors` reads GloVe or word2vec vectors. `layer_decay=95`: each layer below the
+top learns with 0.95 of the rate above it. `select=best` measures dev after each epoch and keeps the best one (`@best`,
+protocol 9), which `--suite=task` then reports.
 
 The papers' numbers: GPT 6.25e-5, 32 examples, 3 epochs, linear decay, 0.2% warm-up; BERT 5e-5 to 2e-5, 16 or 32, 2 to
 4 epochs, 10% warm-up; ELMo's features 1e-3. A model of 1M parameters wants about ten times the rate of one of 110M; the
@@ -37,7 +37,7 @@ sweep goes over rates and epochs.
 
 | task | hardware, time | expected |
 | --- | --- | --- |
-| docstring_package, docstring_signature | 2 CPU cores, a minute or two | docs/transfer.md |
+| docstring_package, docstring_pair, docstring_names | 2 CPU cores, a minute or two | docs/ablations.md |
 | those of the papers, models of 110M | one accelerator, minutes to hours | the papers' tables |
 """
 
@@ -47,7 +47,8 @@ from experiments import common
 from plm.data.tasks import KINDS, TASKS
 from plm.training import config as configs
 
-WAYS = ("paper", "full", "bert", "features", "probe", "static")
+FROZEN_WAYS = ("features", "probe", "static")
+WAYS = ("paper", "full", "bert", *FROZEN_WAYS)
 FROZEN = ("^(embedding|blocks|backward_blocks)/",)
 CHOICES = {"swag": 4, "dream": 3, "storycloze": 2, "race_middle": 4, "race_high": 4, "docstring_signature": 4}
 # Pieces of a row; of other kinds 128. No tag and no target word may be cut off.
@@ -129,7 +130,7 @@ def _common(kind: str, source) -> dict:
 def _recipe(config, given, kind: str, source) -> None:
     """The head, the optimizer and what is frozen."""
     direction, objective = source.model.get("direction", "forward"), configs.OBJECTIVE_OF_KIND[kind]
-    frozen = given.way in ("features", "probe", "static") or (given.way == "paper" and direction == "both")
+    frozen = given.way in FROZEN_WAYS or (given.way == "paper" and direction == "both")
     choices = given.choices or CHOICES.get(given.task, 2)
     head: dict = {"dropout": 0.1, "pooling": "first" if direction == "full" else "last"}
     pairs = "joined"
@@ -156,24 +157,26 @@ def _recipe(config, given, kind: str, source) -> None:
     rows = choices if objective == "choose" else 1 if head.get("pairs", "joined") == "joined" else 2
     # A word's last piece is the first that has seen all of it, reading from the left.
     settings = {"batch_size": 32 * rows, "data.task.word_piece": "first" if direction == "full" else "last"}
-    configs.apply(config, settings | _optimizer("full" if given.way == "bert" else direction, frozen))
+    configs.apply(config, settings | _optimizer(given.way, direction, frozen))
     if frozen:
         quiet = ("dropout", "embedding_dropout", "attention_dropout")
         configs.apply(config, {f"model.{key}": 0.0 for key in quiet if key in config.model})
         config.optimizer.freeze = FROZEN
 
 
-def _optimizer(direction: str, frozen: bool) -> dict:
+def _optimizer(way: str, direction: str, frozen: bool) -> dict:
+    """The rule is the way's, in `full` one for all models; the rate is a beginning, and the model's."""
     clip = {"optimizer.clip_norm": 1.0}
     if frozen:
         return clip | {"optimizer.name": "adamw", "optimizer.peak_lr": 1e-3, "optimizer.schedule": "linear"}
-    decay = {"optimizer.weight_decay": 0.01, "optimizer.decay": common.NO_DECAY_ON_BIAS_AND_NORM}
-    if direction == "forward":
-        rule = {"name": "gpt_adam", "schedule": "openai_linear", "peak_lr": 6.25e-5, "warmup_fraction": 0.002}
-    elif direction == "full":
-        rule = {"name": "bert_adam", "schedule": "bert_linear", "peak_lr": 5e-5, "warmup_fraction": 0.1, "eps": 1e-6}
+    if way == "bert" or (way == "paper" and direction == "full"):
+        rule = {"name": "bert_adam", "schedule": "bert_linear", "warmup_fraction": 0.1, "eps": 1e-6}
+    elif way == "paper":
+        rule = {"name": "gpt_adam", "schedule": "openai_linear", "warmup_fraction": 0.002}
     else:
-        rule = {"name": "adamw", "schedule": "linear", "peak_lr": 1e-3, "warmup_fraction": 0.1}
+        rule = {"name": "adamw", "schedule": "linear", "warmup_fraction": 0.1}
+    rule["peak_lr"] = {"forward": 6.25e-5, "full": 5e-5, "both": 1e-3}["full" if way == "bert" else direction]
+    decay = {"optimizer.weight_decay": 0.01, "optimizer.decay": common.NO_DECAY_ON_BIAS_AND_NORM}
     return clip | decay | {f"optimizer.{key}": value for key, value in rule.items()}
 
 
@@ -187,7 +190,7 @@ def _layer_factors(layers: int, factor: float):
 def sweep(add, arguments: str = "") -> None:
     """Rates x epochs of protocol 9, for whatever model init.from names; `--seeds=N` runs each with N seeds."""
     given = _arguments(arguments)
-    rates = sorted({rate for grid in GRID.values() for rate in grid}) if given.way == "paper" else GRID["both"]
+    rates = GRID["both"] if given.way in FROZEN_WAYS else sorted({rate for grid in GRID.values() for rate in grid})
     for rate in rates:
         for epochs in EPOCHS:
             name = re.sub(r"[^\w.-]", "_", f"{given.task}-{given.way}-lr{rate:g}-epochs{epochs:g}")

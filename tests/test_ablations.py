@@ -13,7 +13,7 @@ from etils import epath
 from test_experiments import GOLDEN, REPOSITORY, check
 
 from experiments import transfer
-from experiments.ablations import common
+from experiments.ablations import common, tuning
 from launch import sweep
 from plm.data.tasks import TASKS
 from plm.errors import UserError
@@ -160,8 +160,13 @@ def test_tuning_tries_as_much_for_each(budget, monkeypatch):
     points, study = sweep.read_points(f"experiments/ablations/tuning.py:{budget}", epath.Path("runs/here"), given)
     assert study is None
     sweep.validate(points)
-    tried = {name: sum(name in point.name for point in points) for name in ("gpt", "bert", "elmo", "frozen", "tuned")}
-    assert tried == {"gpt": 25, "bert": 25, "elmo": 13, "frozen": 36, "tuned": 24}
+    tried = {entry: sum(point.name.startswith(f"{entry}-") and "lr" in point.name for point in points)
+             for entry in tuning.ENTRIES}  # fmt: skip
+    tried = {entry: n - sum(tried[other] for other in tried if other.startswith(f"{entry}-"))
+             for entry, n in tried.items()}  # fmt: skip
+    frozen = tried.pop("frozen")
+    assert (frozen, set(tried.values())) == (3 * 3 * 2 * 2, {3 * 2 * 2})
+    assert all((budget, entry) in common.TUNED for entry in tuning.ENTRIES)
     assert all(point.overrides["seed"] == 1000 for point in points), "no table's seed"
 
 

@@ -166,7 +166,12 @@ def test_a_finished_run_is_reported_once_with_its_predictions(sources, task, tmp
     run = suites.Run(str(tmp_path / "run"), progress=False)
     shown: list[str] = []
     rows = suites.evaluate(run, ["task"], say=lambda line: None, show=shown.append)
-    assert [(row.split, row.pretrain_seed) for row in rows[:-1]] == [("dev, first half", 7), ("dev, second half", 7)]
+    assert [(row.split, row.pretrain_seed) for row in rows[:2]] == [("dev, first half", 7), ("dev, second half", 7)]
+    always = {row.split: row.value for row in rows[2:-1] if row.metric == "custom/majority/accuracy"}
+    labels = [example.label for example in predictor.task.examples("train")]
+    commonest = max(sorted(set(labels)), key=labels.count)
+    parts = predictor.task.selection_and_report()
+    assert always == {name: np.mean([e.label == commonest for e in own]) for name, own in dict(parts).items()}
     assert rows[-1].metric == "custom/pretrained_8_grams"
     assert 0.5 < rows[-1].value < 1, "its sentences are the corpus's, and some of those were held out"
     assert f"custom by run ({rows[-1].value:.2%} of its 8-grams were pretrained on FLAGGED)" in shown[0]

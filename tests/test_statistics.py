@@ -87,8 +87,8 @@ def test_the_interval_holds_what_it_promises():
     assert 0.8 <= hits / 200 <= 0.98
 
 
-def made(interval, narrow, n=5, estimate=0.0) -> Contrast:
-    return Contrast(estimate, (estimate,) * n, interval, narrow, 0.0625, True)
+def made(interval, narrow, n=5, estimate=0.0, half_over_runs=None) -> Contrast:
+    return Contrast(estimate, (estimate,) * n, interval, narrow, 0.0625, True, half_over_runs)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +111,26 @@ def test_how_many_seeds_it_would_need():
     assert found.seeds == 245
     assert found.text() == "inconclusive (would need about 245 seeds)"
     assert verdict(made((-3.0, 3.1), (-2.0, 3.0), estimate=0.01), 1.0).text().endswith("1,000 or more seeds)")
+
+
+def test_seeds_do_not_make_up_for_few_examples():
+    """Half widths 4 over runs and 3 over examples, 5 together: an effect of 3.5 needs 16 / (3.5^2 - 9) times the runs;
+    one of 2.5 is less than the examples' part."""
+    interval = {"interval": (-1.5, 8.5), "narrow": (-0.7, 7.7), "half_over_runs": 4.0}
+    assert verdict(made(**interval, estimate=3.5), smallest=1.0).seeds == 25
+    found = verdict(made((-2.5, 7.5), (-1.7, 6.7), estimate=2.5, half_over_runs=4.0), smallest=1.0)
+    assert found.text() == "inconclusive (would need more examples, not seeds alone)"
+
+
+def test_the_runs_part_of_an_interval_is_that_without_examples():
+    rng = np.random.default_rng(3)
+    counts = [[right_or_wrong(rng, 50, share)] for share in (0.5, 0.6, 0.7, 0.8, 0.9)]
+    scores = values(*(100 * own[0][:, 0].mean() for own in counts))
+    with_examples = contrast([Term(1.0, scores, counts, examples=1, factor=100.0)])
+    low, high = contrast([Term(1.0, scores)]).interval
+    assert with_examples.half_over_runs == pytest.approx((high - low) / 2, rel=0.1)
+    assert with_examples.interval[1] - with_examples.interval[0] > high - low
+    assert contrast([Term(1.0, scores)]).half_over_runs is None
 
 
 def test_an_effect_below_the_smallest_of_interest_is_said_to_be_small():

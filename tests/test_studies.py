@@ -134,6 +134,7 @@ def test_verdicts_with_intervals(root):
     assert by_claim["C4"]["in"] == "standard deviations"
     assert by_claim["C4"]["p, Holm"] == 0.0625
     assert first["p, Holm"] is None
+    assert (first["kind"], by_claim["C4"]["kind"]) == ("exploratory", "primary")
     assert "only over runs" in table.note
     assert "cannot go below p = 0.0625" in table.note
 
@@ -172,6 +173,12 @@ def test_what_was_pretrained_on_is_flagged(root):
         table = study_tables.cells_table(Results(studies.read(root)))
         flagged = [column.name for column in table.columns if "FLAGGED" in column.name]
         assert flagged == (["SST-2 FLAGGED"] if share > 0.01 else []), "one run is enough"
+        results = Results(studies.read(root))
+        for claims in (study_tables.claims_table(results), study_tables.overview([results])):
+            said = next(i for i, column in enumerate(claims.columns) if column.name == "what is said")
+            texts = [row[said] for row in claims.rows if "FLAGGED" in row[said]]
+            expected = ["new is better FLAGGED", "more is better FLAGGED", "in deviations FLAGGED"]
+            assert texts == (expected if share > 0.01 else [])
     assert "FLAGGED: of the task's 8-grams these were in the pretraining text: sst2 2.0%." in table.note
 
 
@@ -218,6 +225,40 @@ def test_an_unfinished_sweep_says_what_is_missing(root):
     assert claims.rows[0][-1] == "not measured yet"
 
 
+def test_a_run_that_is_not_complete_has_no_result(root):
+    """What a run measured on its way is no cell's number, unless the cell is about that step."""
+    record = root.parent / "shared" / "model-new-seed2" / "run.json"
+    for status in ("running", "interrupted", "failed"):
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"status": status}))
+        results = Results(studies.read(root))
+        assert [Path(place).name for place in results.missing] == ["model-new-seed2"]
+        assert study_tables.summary(results, "new", "ppl").n == 4
+    study = study_of()
+    study.columns = [dataclasses.replace(column, step=600) if column.name == "ppl" else column
+                     for column in study.columns]  # fmt: skip
+    paths = {path.name: path for folder in (root, root.parent / "shared") for path in folder.iterdir()}
+    write_study(root, study, paths)
+    assert Results(studies.read(root)).missing == []
+
+
+def test_of_one_step_what_was_written_last_counts(root):
+    path = root.parent / "shared" / "model-new-seed2" / "results.jsonl"
+    row = {"suite": "pretraining", "metric": "masked_perplexity", "split": "valid", "step": 600, "n": 9, "value": 77.0}
+    path.write_text(path.read_text() + json.dumps(row) + "\n" + json.dumps(row | {"step": 500, "value": 99.0}) + "\n")
+    (value,) = Results(studies.read(root)).by_seed("new", "ppl")[2]
+    assert value.value == 77.0
+
+
+def test_a_family_counts_its_tests_that_are_still_to_come(root):
+    study = study_of()
+    later = Claim("C5", "later", difference("new", "random", study.column("at_1")), standardised=True, family="primary")
+    study.claims.append(later)
+    adjusted = study_tables._adjusted(study.claims, [study_tables.measure(Results(studies.read(root)), claim)
+                                                     for claim in study.claims[:4]] + [None])  # fmt: skip
+    assert adjusted[3] == 0.125
+    assert adjusted[4] is None
+
+
 def report(*arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "plm.report", *map(str, arguments)]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
@@ -235,6 +276,9 @@ def test_the_page_and_its_bundle(root, tmp_path):
     assert "15 pretraining runs and 20 runs on tasks were started" in text
     assert (root / "report_files" / "mine_tiny_claims.csv").exists()
     assert (root / "report_files" / "mine_tiny_cells.tex").exists()
+    notes = (root / "report_files" / "tables.txt").read_text()
+    assert "mine_tiny_cells.csv: A table of <ours>" in notes
+    assert "SST-2: here sst2, accuracy." in notes
     assert "| C1 | new is better |" in (root / "report.md").read_text()
     with tarfile.open(tmp_path / "b.tar") as archive:
         names = archive.getnames()

@@ -39,6 +39,15 @@ def test_metrics_of_classes():
     )
 
 
+def test_the_commonest_class_of_the_training_examples():
+    assert task_metrics.majority(labelled(2, 0, 2, 1), labelled(0, 0, 2)) == [2, 2, 2]
+    tagged = [Example(str(i), words=words, label=label) for i, (words, label) in enumerate(
+        [(("a", "b", "c"), (1, 0, 0)), (("d",), (1,)), (("e", "f"), (0, 2))])]  # fmt: skip
+    assert task_metrics.majority(tagged, tagged) == [(0, 0, 0), (0,), (0, 0)]
+    assert task_metrics.majority(labelled(0.5, 0.5), labelled(0.5)) == [], "a similarity is no class"
+    assert task_metrics.majority([], labelled(1)) == []
+
+
 def test_correlations_and_degenerate_predictions():
     gold = labelled(0.0, 1.0, 2.5, 5.0)
     assert task_metrics.spearman(gold, [1.0, 4.0, 2.0, 9.0]) == pytest.approx(1 - 6 * 2 / (4 * 15))

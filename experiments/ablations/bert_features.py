@@ -13,7 +13,7 @@ whole model tuned. "The last four" of the paper's twelve layers are the upper th
 uses the four-layer model of table 6. `weighted sum` is a learned mix of the layers without the embedding.
 """
 
-from experiments.ablations.bert_sizes import SIZES, settings
+from experiments.ablations.bert_sizes import BERT, SIZES, pretrain
 from experiments.ablations.common import Maker, Quantity
 from plm.reporting.studies import difference
 
@@ -49,9 +49,8 @@ def sweep(add, arguments: str = ""):
         numbers=NUMBERS,
         quantities=QUANTITIES,
     )
-    size = "L12-H768-A12"
-    layers, width, heads = SIZES[make.budget][size]
-    model = make.pretrain(f"bert-{layers}x{width}x{heads}", "bert", overrides=settings(make.budget, size))
+    layers, width, _ = SIZES[make.budget][BERT]
+    model = pretrain(make, BERT)
     third = max(2, round(layers / 3))
     chosen = {
         "embeddings": ("mix", (0,)),
@@ -68,7 +67,7 @@ def sweep(add, arguments: str = ""):
         features = {f"{head}.reads": reads, f"{head}.layers": own, f"{head}.lstm": width, f"{head}.lstm_layers": 2}
         make.finetune(row, on, model, "features", features)
     column = on.column
-    make.claim("B7", "side by side is better than the last layer", difference("concat_last", "last", column), 1.2)
-    make.claim("B7", "the last layer is better than the embeddings", difference("last", "embeddings", column), 3.9)
-    make.claim("B7", "fine-tuning is better than side by side", difference("tuned", "concat_last", column), 0.3)
+    make.claim("B7", "side by side is better than the last layer", difference("concat_last", "last", column))
+    make.claim("B7", "the last layer is better than the embeddings", difference("last", "embeddings", column))
+    make.claim("B7", "fine-tuning is better than side by side", difference("tuned", "concat_last", column))
     return make.study

@@ -7,20 +7,22 @@ pretraining buy (docs/protocol.md)?
 
 | budget | points | hardware, time | expected |
 | --- | --- | --- | --- |
-| tiny | 35 pretraining, 375 on tasks, 40 measured | 2 CPU cores, 3 hours | docs/ablations.md |
-| tiny, arm=native | 15 pretraining, 195 on tasks, 15 measured | 2 CPU cores, an hour | docs/ablations.md |
-| small | 35 pretraining, 1125 on tasks, 40 measured | one accelerator, a day | not measured yet |
+| tiny | 35 pretraining, 390 on tasks, 40 measured | 2 CPU cores, 3 hours | docs/ablations.md |
+| tiny, arm=native | 15 pretraining, 210 on tasks, 15 measured | 2 CPU cores, an hour | docs/ablations.md |
+| small | 35 pretraining, 1170 on tasks, 40 measured | one accelerator, a day | not measured yet |
 
 `arm=controlled` (protocol 3): {Transformer, LSTM} x {left to right, two towers, masked} on identical ids, and ELMo's
 characters in place of the input table; equal passes over the text. `arm=native` (protocol 4): ELMo, GPT and BERT with
 their own vocabularies and objectives; never on one axis with the others. Every model goes to the tasks by three routes
-(protocol 9): a linear output on the frozen mix of its layers, a BiLSTM on it, and all of it tuned, the best epoch on
-dev each time. Controls (protocol 13): the same from random values, frozen and tuned; word2vec on the same text; for
+(protocol 9): a linear output on the frozen mix of its layers, a BiLSTM on it, and all of it tuned, by one optimizer and
+the best epoch on dev each time; a word's last piece stands for it. Controls (protocol 13): the same from random values,
+frozen and tuned; word2vec on the same text; a linear output that learns shuffled labels; the commonest class; for
 minimal pairs 5-grams. The four primary contrasts are on the mean of the columns on tasks, each divided by its
 deviation; all other comparisons are exploratory.
 """
 
-from experiments.ablations.common import BEST_EPOCH, Column, Maker, Quantity, full_tuning
+from experiments.ablations.common import BEST_EPOCH, FULL, Column, Maker, Quantity
+from plm.analysis.results import MAJORITY
 from plm.reporting.studies import difference
 
 QUANTITIES = (
@@ -63,11 +65,12 @@ FACTS = [
 
 
 def sweep(add, arguments: str = ""):
+    native = "arm=native" in arguments.split(",")
     make = Maker(
         add,
         arguments,
-        name="between_models",
-        title="ELMo, GPT and BERT on equal terms",
+        name=f"between_models{'_native' if native else ''}",
+        title="ELMo, GPT and BERT as published" if native else "ELMo, GPT and BERT on equal terms",
         source="not in the papers; docs/protocol.md",
         rows=(),
         quantities=QUANTITIES,
@@ -88,16 +91,16 @@ def sweep(add, arguments: str = ""):
         make.measure(f"{row}-measured", model, [f"--suite={suites}"])
         direction = "mean" if row == "elmo" or "bidirectional" in row else "masked" if _masked(row) else "forward"
         make.read(row, pairs, model, f"trained/{direction}/all")
-        make.read(row, senses, model)
+        make.read(row, senses, model, f"trained/nearest_neighbour/layer {make.layers(model)}")
         if bits is not None and not _masked(row):
             make.read(row, bits, model, _bits_metric(row))
         for on in on_tasks:
             for way, _ in ROUTES:
                 column = routes[on.column.name, way].name
                 options = {"arguments": BEST_EPOCH, "column": column, "tuned": _rates(row, way)}
-                make.finetune(row, on, model, way, name=f"{row}-{column}", **options)
+                make.finetune(row, on, model, way, on.aligned, name=f"{row}-{column}", **options)
     _controls(make, routes, models)
-    if make.given.arm == "native":
+    if native:
         for better, worse in (("bert", "gpt"), ("gpt", "elmo")):
             text = f"{NATIVE[better]} is better than {NATIVE[worse]} (X1)"
             make.claim("X1", text, difference(better, worse, *scored), standardised=True)
@@ -125,7 +128,11 @@ def _masked(row: str) -> bool:
 
 
 def _rates(row: str, way: str) -> str:
-    return full_tuning(_masked(row)) if way == "full" else ""
+    """Whose rate and duration in `TUNED`: when all is tuned those of how the model reads, or of scratch."""
+    if way != "full":
+        return ""
+    reads = {"scratch": "scratch", "elmo": "bidirectional", "gpt": "causal", "bert": "masked"}
+    return FULL[reads.get(row) or row.split("-")[1]]
 
 
 def _bits_metric(row: str) -> str:
@@ -135,8 +142,7 @@ def _bits_metric(row: str) -> str:
 def _measured_columns(make: Maker) -> tuple[Column, Column, Column | None]:
     """(minimal pairs, senses, bits per byte); the last only where all models share a vocabulary without UNK."""
     pairs = make.add_column(Column("pairs", "minimal pairs", "minimal_pairs", "", part=""))
-    metric = "trained/nearest_neighbour/layer 2" if make.budget == "tiny" else "trained/nearest_neighbour/layer 8"
-    senses = make.add_column(Column("senses", "senses by pseudo-words, top layer", "pseudo_words", metric, part=""))
+    senses = make.add_column(Column("senses", "senses by pseudo-words, top layer", "pseudo_words", "", part=""))
     if make.given.arm == "native":
         return pairs, senses, None
     bits = Column(
@@ -160,25 +166,34 @@ def _pretrained(make: Maker) -> dict[str, str]:
 
 
 def _controls(make: Maker, routes: dict, models: dict[str, str]) -> None:
-    """From random values: tuned, and frozen; and word2vec on the same text under the BiLSTM."""
+    """From random values: tuned, and frozen; word2vec on the same text under the BiLSTM; a linear output that learns
+    shuffled labels; and the commonest class."""
     row = "bert" if make.given.arm == "native" else "transformer-masked"
-    scratch = make.row("scratch", "from scratch, as the masked Transformer", control=True)
+    label = NATIVE[row] if row in NATIVE else CONTROLLED[row][0]
+    scratch = make.row("scratch", f"{label}, from scratch", control=True)
     static = make.row("word2vec", "word2vec", control=True)
+    shuffled = make.row("shuffled", f"{label}, shuffled training labels", control=True)
+    majority = make.row("majority", "always the commonest class", control=True)
     text = make.add.given("data.source") or "pydocs#without_tasks"
     for on in make.on_tasks:
         for way, _ in ROUTES:
-            column, overrides = routes[on.column.name, way].name, {"init.keep": "nothing"}
+            column, overrides = routes[on.column.name, way].name, on.aligned | {"init.keep": "nothing"}
             options = {
                 "arguments": BEST_EPOCH,
                 "column": column,
                 "name": f"scratch-{column}",
-                "tuned": _rates(row, way),
+                "tuned": _rates("scratch", way),
             }
-            make.finetune(scratch, on, models[row], way, overrides, **options)
+            points = make.finetune(scratch, on, models[row], way, overrides, **options)
+            task, _, metric = on.column.metric.partition("/")
+            make.cells(majority, column, points, f"{task}/{MAJORITY}/{metric}")
         column, head = routes[on.column.name, "features"].name, f"objectives.{on.objective}"
-        vectors = {f"{head}.reads": "vectors", "data.task.vectors": f"word2vec:{text}"}
+        vectors = on.aligned | {f"{head}.reads": "vectors", "data.task.vectors": f"word2vec:{text}"}
         options = {"arguments": BEST_EPOCH, "column": column, "name": f"word2vec-{column}"}
         make.finetune(static, on, models[row], "features", vectors, **options)
+        column, labels = routes[on.column.name, "probe"].name, on.aligned | {"data.task.shuffled_labels": True}
+        options = {"arguments": BEST_EPOCH, "column": column, "name": f"shuffled-{column}"}
+        make.finetune(shuffled, on, models[row], "probe", labels, **options)
 
 
 def _tuned(routes: dict, row: str):

@@ -13,7 +13,7 @@ The towers share the masked model's number of parameters, or each of them has it
 tuned; the best epoch on dev each time.
 """
 
-from experiments.ablations.common import BEST_EPOCH, Maker, Quantity, full_tuning
+from experiments.ablations.common import BEST_EPOCH, FULL, Maker, Quantity
 from plm.reporting.studies import difference
 
 QUANTITIES = (
@@ -52,9 +52,9 @@ def sweep(add, arguments: str = ""):
             column = make.copy_column(on.column, f"{on.column.name}_{way}", f"{on.column.label}: {label}", {})
             by_way[way].append(column)
             for row, model in models.items():
-                rates = full_tuning(row == "masked") if way == "full" else ""
+                rates = FULL["masked" if row == "masked" else "bidirectional"] if way == "full" else ""
                 options = {"arguments": BEST_EPOCH, "column": column.name, "tuned": rates}
-                make.finetune(row, on, model, way, name=f"{row}-{column.name}", **options)
+                make.finetune(row, on, model, way, on.aligned, name=f"{row}-{column.name}", **options)
     for way, label in ROUTES:
         for towers in ("towers", "double"):
             terms = difference("masked", towers, *by_way[way])

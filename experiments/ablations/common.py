@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.finetune import FROZEN_WAYS
 from plm.data.tasks import TASKS
 from plm.errors import UserError
 from plm.reporting.studies import Claim, Column, Drawing, Row, Study
@@ -102,8 +103,8 @@ KEPT = {
     ("bert", "small"): (270, 450, 900, 1800, 3600, 5400, 7200, 9000),
     ("bert", "paper"): (30_000, 50_000, 100_000, 200_000, 400_000, 600_000, 800_000),
 }
-# A model of a million parameters wants about ten times the rate of one of a hundred million. Chosen by tuning.py, each
-# optimizer's by the same number of trials; all arms of a table that are moved in one way have the same.
+# A model of a million parameters wants about ten times the rate of one of a hundred million. Those of tiny were chosen
+# by tuning.py, each entry's by the same number of trials, elmo's excepted; those of small are guesses until they are.
 TUNED: dict[tuple[str, str], dict[str, Any]] = {
     ("tiny", "gpt"): {"optimizer.peak_lr": 1e-3, "total_epochs": 6.0},
     ("tiny", "bert"): {"optimizer.peak_lr": 3e-4, "total_epochs": 6.0},
@@ -117,7 +118,13 @@ TUNED: dict[tuple[str, str], dict[str, Any]] = {
     ("paper", "bert"): {},
     ("paper", "frozen"): {},
 }
-TUNED |= {(budget, f"{way}-scratch"): own for (budget, way), own in TUNED.items() if way != "frozen"}
+# Guesses, where nothing was tried: scratch like its model, and tuned by the common rule like by the paper's.
+for _budget in ("tiny", "small", "paper"):
+    for _way in ("gpt", "bert", "elmo"):
+        if (_budget, _way) in TUNED:
+            TUNED.setdefault((_budget, f"{_way}-scratch"), TUNED[_budget, _way])
+    for _way, _like in (("causal", "gpt"), ("bidirectional", "gpt"), ("masked", "bert"), ("scratch", "bert")):
+        TUNED.setdefault((_budget, f"full-{_way}"), TUNED[_budget, _like])
 # Chosen by stage=tuning of transfer.py.
 TUNED |= {
     ("laptop", "frozen"): {"optimizer.peak_lr": 1e-2, "total_epochs": 6.0},
@@ -127,12 +134,8 @@ TUNED |= {
     ("laptop", "bert-scratch"): {"optimizer.peak_lr": 1e-3, "total_epochs": 6.0},
 }
 BEST_EPOCH = "select=best"  # of finetune.py: protocol 9
-FROZEN_WAYS = ("features", "probe", "static")
-
-
-def full_tuning(masked: bool) -> str:
-    """Whose rate and duration a model has that is tuned in the same way as all others: BERT's if it sees both sides."""
-    return "bert" if masked else "gpt"
+# Whose rate and duration in `TUNED` a model has whose parameters are all tuned, by how it reads, or from scratch.
+FULL = {reads: f"full-{reads}" for reads in ("causal", "bidirectional", "masked", "scratch")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +166,11 @@ class OnTask:
     def objective(self) -> str:
         return configs.OBJECTIVE_OF_KIND[TASKS[self.task].kind]
 
+    @property
+    def aligned(self) -> dict[str, str]:
+        """Overrides for protocol 11: a word's last piece stands for it, however the model reads."""
+        return {"data.task.word_piece": "last"} if self.kind == "tagging" else {}
+
 
 class Maker:
     """Makes a study's points and notes which cells they are.
@@ -192,6 +200,7 @@ class Maker:
         self.study = Study(name, title, source, self.budget, ABOUT[self.budget])
         self.study.rows = [Row(*row) for row in rows]
         self.numbers = numbers or {}
+        self._pretrained: dict[str, tuple[str, dict[str, Any]]] = {}  # model -> spec, overrides
         self.on_tasks = self._columns(quantities)
         for one in self.on_tasks:
             self.add_column(one.column, {row: self._mean(own, one.of) for row, own in self.numbers.items()})
@@ -242,9 +251,16 @@ class Maker:
         return [one.column for one in self.on_tasks if not kinds or one.kind in kinds]
 
     def claim(self, name: str, text: str, terms, effect: float | None = None, **options) -> None:
-        """Only where its cells are measured: a budget may lack a column. options: of `Claim`."""
-        if terms:
-            self.study.claims.append(Claim(name, text, tuple(terms), effect, **options))
+        """Only where its cells are measured: a budget may lack a column. options: of `Claim`.
+
+        effect: the paper's where its table does not have all of these cells; else the same contrast of its numbers.
+        """
+        if not terms:
+            return
+        numbers = [self.study.paper.get(row, {}).get(column) for row, column, _ in terms]
+        if None not in numbers and not options.get("standardised"):
+            effect = round(sum(weight * number for (_, _, weight), number in zip(terms, numbers, strict=True)), 2)
+        self.study.claims.append(Claim(name, text, tuple(terms), effect, **options))
 
     def draw(self, drawing: Drawing) -> None:
         self.study.drawings.append(drawing)
@@ -269,12 +285,14 @@ class Maker:
         kept = {"checkpoint.keep_at": KEPT[paper, self.budget]} if (paper, self.budget) in KEPT else {}
         settings = {**own, **kept, **(overrides or {})}
         name = f"{self.budget}-{model}"
+        file_name, text = file or f"experiments/{paper}.py", ",".join(filter(None, (size or preset, arguments)))
+        self._pretrained[name] = self._pretrained[f"{name}-512"] = f"{file_name}:{text}", settings
         for seed in self.seeds:
             point = self.add(
                 f"{name}-seed{seed}",
-                ",".join(filter(None, (size or preset, arguments))),
+                text,
                 {**settings, "seed": seed},
-                file=file or f"experiments/{paper}.py",
+                file=file_name,
                 shared=True,
                 defaults={"data.source": "pydocs#without_tasks"} if self.budget == "tiny" else None,
             )
@@ -289,6 +307,11 @@ class Maker:
                     shared=True,
                 )
         return f"{name}-512" if (paper, self.budget) == ("bert", "paper") and not file else name
+
+    def layers(self, model: str) -> int:
+        """How many a model of `pretrain` has."""
+        spec, overrides = self._pretrained[model]
+        return configs.load(spec, overrides, complete=False).model.layers
 
     def finetune(
         self,

@@ -52,8 +52,7 @@ def sweep(add, arguments: str = ""):
                 make.cells(row, column.name, points, f"{on.task}/mix/mix {number}/{layer_name(layer)}")
     make.draw(Drawing("mix", "Shares of the layers in the learned mixes", y_label="% of the mix", kind="bars"))
     inputs = [row for row in rows if row.endswith("input")]
-    terms = []
-    for row in inputs:
-        terms += [(row, "share_1", 1 / len(inputs)), *((row, f"share_{n}", -0.5 / len(inputs)) for n in (0, 2))]
-    make.claim("E10", "at the input, layer 1 has more than the mean of the others", terms)
+    for layer, name in ((0, "the input vectors"), (2, "layer 2")):
+        terms = [(row, f"share_{n}", sign / len(inputs)) for row in inputs for n, sign in ((1, 1), (layer, -1))]
+        make.claim("E10", f"at the input, layer 1 has more than {name}", terms)
     return make.study

@@ -51,5 +51,5 @@ def sweep(add, arguments: str = ""):
     make.read("word", column, elmo, f"{task}/word_majority/{metric}")
     for row, layer in layers.items():
         make.read(row, column, elmo, f"{task}/trained/last/{layer}/{metric}")
-    make.claim("E6", "layer 1 is better for tags than layer 2", difference("layer_1", "layer_2", column), 0.5)
+    make.claim("E6", "layer 1 is better for tags than layer 2", difference("layer_1", "layer_2", column))
     return make.study

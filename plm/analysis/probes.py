@@ -26,7 +26,7 @@ import numpy as np
 import optax
 
 from plm.analysis import features, task_metrics
-from plm.analysis.results import Table, layer_name, row
+from plm.analysis.results import MAJORITY, Table, layer_name, row
 from plm.data import sources
 from plm.data.examples import Example, fraction
 from plm.data.store import writable
@@ -355,16 +355,14 @@ def n_steps(data: TaskData, settings: Settings) -> int:
 
 
 def _baselines(data: TaskData, train: Sequence[Example], reported: Sequence[Example]) -> list[tuple[str, list]]:
+    found = [(MAJORITY, task_metrics.majority(train, reported))]
     if data.task.kind == "single":
-        commonest = Counter(example.label for example in train).most_common(1)[0][0]
-        return [("majority", [commonest] * len(reported))]
+        return found
     counts: dict[str, Counter] = defaultdict(Counter)
     for example in train:
         for word, tag in zip(example.words, example.label, strict=True):
             counts[word][tag] += 1
     commonest = sum(counts.values(), Counter()).most_common(1)[0][0]
     of_word = {word: own.most_common(1)[0][0] for word, own in counts.items()}
-    return [
-        ("majority", [(commonest,) * len(example.words) for example in reported]),
-        ("word_majority", [tuple(of_word.get(word, commonest) for word in example.words) for example in reported]),
-    ]
+    words = [tuple(of_word.get(word, commonest) for word in example.words) for example in reported]
+    return [*found, ("word_majority", words)]

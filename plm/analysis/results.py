@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+MAJORITY = "majority"  # metric TASK/majority/METRIC: of always answering with the commonest class
+
 
 def row(metric: str, split: str, n: int, value: float) -> dict:
     """n: examples, words or pairs that the value is of."""

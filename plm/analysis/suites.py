@@ -38,7 +38,7 @@ from plm.analysis import (
     word_sense,
     zero_shot,
 )
-from plm.analysis.results import Table, layer_name
+from plm.analysis.results import MAJORITY, Table, layer_name
 from plm.data import sources
 from plm.data.examples import COPIED_WORDS
 from plm.data.pipeline import Corpus, open_corpus, open_text
@@ -463,11 +463,17 @@ def evaluate_task(run: Run, settings: Mapping) -> Outcome:
     """A fine-tuned run on its own task: what it was selected by, and what is reported."""
     predictor = task_suite.Predictor(run.config, run.tokenizer, run.model.params, progress=run.progress)
     rows, body = [], []
-    for part in task_suite.evaluate(predictor):
+    parts = task_suite.evaluate(predictor)
+    for part in parts:
         file = task_suite.write_predictions(run.output, predictor.task, run.step, part)
         shared = {"split": part.name, "n": part.n, "predictions": file}
         rows += [shared | {"metric": f"{predictor.task.name}/{m}", "value": v} for m, v in part.values.items()]
         body += [[m, part.name, part.n, v] for m, v in part.values.items()] or [["(no labels)", part.name, part.n, ""]]
+    for part in parts:
+        for m, v in part.majority.items():
+            name = f"{predictor.task.name}/{MAJORITY}/{m}"
+            rows.append({"metric": name, "split": part.name, "n": part.n, "value": v})
+            body.append([f"{m} of the commonest class", part.name, part.n, v])
     shares = mix_shares(run.config, run.model.params)
     for place, own in shares.items():
         for layer, share in own.items():

@@ -206,6 +206,20 @@ def score(
     return {name: METRICS[name](gold, predictions, labels) for name in task.metrics}
 
 
+def majority(train: Sequence[Example], gold: Sequence[Example]) -> list[Any]:
+    """Predictions for gold examples: always the commonest class, of words the commonest tag, of the training examples.
+
+    [] where an answer is no class: similarities, spans.
+    """
+    labels = [example.label for example in train]
+    if labels and all(isinstance(label, int) for label in labels):
+        return [Counter(labels).most_common(1)[0][0]] * len(gold)
+    if labels and all(isinstance(label, tuple) for label in labels):
+        commonest = Counter(tag for label in labels for tag in label).most_common(1)[0][0]
+        return [(commonest,) * len(example.words) for example in gold]
+    return []
+
+
 def _counts_of_classes(example: Example, prediction: Any, labels: Sequence[str]) -> tuple[float, float]:
     if isinstance(example.label, tuple):
         return float(sum(a == b for a, b in zip(example.label, prediction, strict=True))), float(len(example.label))

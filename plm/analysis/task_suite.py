@@ -17,6 +17,7 @@ from plm.analysis.results import counts_file
 from plm.data.examples import Example, has_gold
 from plm.data.pipeline import Corpus, load_task, task_splits
 from plm.data.task_rows import TaskSplit
+from plm.data.tasks import TaskData
 from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
 from plm.training import config as configs
@@ -32,12 +33,14 @@ _ENDS = {"squad": "json", "mclwic": "json", "jsonl": "jsonl", "wic": "txt", "con
 @dataclasses.dataclass(frozen=True)
 class Scored:
     """name: of the part; ids: of its examples; values: {metric: value} and counts: {metric: [(a, b) of each example]}
-    (`task_metrics.counts`), {} without labels; text: of its predictions."""
+    (`task_metrics.counts`), {} without labels; majority: {metric: value} of the commonest class; text: of its
+    predictions."""
 
     name: str
     ids: list[str]
     values: dict[str, float]
     counts: dict[str, list[tuple[float, float]]]
+    majority: dict[str, float]
     text: str
 
     @property
@@ -94,13 +97,24 @@ def evaluate(predictor: Predictor) -> list[Scored]:
     return scored
 
 
+def majority(task: TaskData, examples: Sequence[Example]) -> dict[str, float]:
+    """{metric: value} of always answering with the commonest class of the training examples; {} where an answer is no
+    class, or nothing is labelled."""
+    if task.task.kind in ("span", "similarity") or not all(has_gold(task.task, example) for example in examples):
+        return {}
+    train = task.examples("train") if "train" in task.splits else ()
+    predictions = task_metrics.majority(train, examples)
+    return task_metrics.score(task.task, examples, predictions, task.labels) if predictions else {}
+
+
 def _scored(split: TaskSplit, predictions: list) -> Scored:
     task = split.task
     labelled = all(has_gold(task.task, example) for example in split.examples)
     values = task_results.score(split, predictions) if labelled else {}
     counts = task_metrics.counts(task.task, split.examples, predictions, task.labels) if labelled else {}
     text = task_metrics.submission(task.task, split.examples, predictions, task.labels)
-    return Scored(split.name, [example.id for example in split.examples], values, counts, text)
+    always = majority(task, split.examples)
+    return Scored(split.name, [example.id for example in split.examples], values, counts, always, text)
 
 
 def write_predictions(workdir: epath.Path, task, step: int, part: Scored) -> str:

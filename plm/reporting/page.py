@@ -195,23 +195,34 @@ def markdown(parts: Sequence[Part]) -> str:
     return "\n".join(lines)
 
 
+NOTES = "tables.txt"
+
+
 def files(parts: Sequence[Part], kinds: Sequence[str]) -> dict[str, str]:
-    """File name -> text: `<table>.csv` and `<table>.tex` for each table, `<figure>.svg` for each figure; of several
-    corpora those of each get its number."""
-    result = {}
+    """File name -> text: `<table>.csv` and `<table>.tex` for each table, `<figure>.svg` for each figure, and with the
+    CSV files NOTES, which has what stands below the tables; of several corpora those of each get its number. A second
+    one of a name (a study of two roots) is `<name>-2`."""
+    result, notes = {}, []
+    taken: Counter[str] = Counter()
     for part in parts:
-        mark = part.mark
         for block in (block for section in part.sections for block in section.blocks):
-            if isinstance(block, Table):
-                if "csv" in kinds:
-                    target = io.StringIO()
-                    csv.writer(target, lineterminator="\n").writerows(block.csv_rows())
-                    result[f"{mark}{block.name}.csv"] = target.getvalue()
-                if "tex" in kinds:
-                    result[f"{mark}{block.name}.tex"] = block.latex()
-            elif isinstance(block, Figure) and "svg" in kinds:
-                result[f"{mark}{block.name}.svg"] = plots.standalone(block.svg)
-    return result
+            if not isinstance(block, Table | Figure):
+                continue
+            name = f"{part.mark}{block.name}"
+            taken[name] += 1
+            name += f"-{taken[name]}" if taken[name] > 1 else ""
+            if isinstance(block, Figure):
+                if "svg" in kinds:
+                    result[f"{name}.svg"] = plots.standalone(block.svg)
+                continue
+            if "csv" in kinds:
+                target = io.StringIO()
+                csv.writer(target, lineterminator="\n").writerows(block.csv_rows())
+                result[f"{name}.csv"] = target.getvalue()
+                notes.append(f"{name}.csv: {block.title}" + (f"\n    {block.note}" if block.note else ""))
+            if "tex" in kinds:
+                result[f"{name}.tex"] = block.latex()
+    return result | ({NOTES: "\n".join(notes) + "\n"} if notes else {})
 
 
 def _section(section: Section, mark: str) -> str:

@@ -18,7 +18,8 @@ run.json
 | peak_memory | {process, device: bytes} | cost |
 | flops_per_step | float or null | training FLOPs by formula |
 | protocol | str, optional | hash of the protocol; runs of one table share it |
-| status, error | "running", "complete" or "failed"; str | run list |
+| status, error | "running", "interrupted", "complete" or "failed"; str | run list |
+| stopped_early | int, optional: the step at which `eval.patience` ended the run | run list |
 | command, commit, uncommitted, started | str, str, str or null, ISO time | provenance |
 | devices, versions | {count, kind, platform, processes, ...}, {name: str} | provenance |
 
@@ -122,6 +123,8 @@ class Run:
     def complete(self) -> bool:
         if self.get("status") == "failed" or self.last_step is None:
             return False
+        if self.get("stopped_early") and self.get("status") == "complete":  # eval.patience: sooner, but at its end
+            return True
         return self.last_step >= self.total_steps if self.total_steps else self.get("status") == "complete"
 
     @property
@@ -131,7 +134,8 @@ class Run:
         if self.get("status") == "failed":
             return f"failed, {at}: {self.get('error', default='no reason given')}"
         if self.complete:
-            return "complete"
+            early = self.get("stopped_early")
+            return f"complete, stopped early at step {early:,}" if early else "complete"
         return f"unfinished, {at}" if self.metrics else "not started"
 
     @property

@@ -72,12 +72,15 @@ def sign_flip_p(values: Sequence[float]) -> float:
     return float(np.mean(means >= abs(x.sum()) * (1 - 1e-12)))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p values of a family of tests (Holm 1979), in the given order."""
-    order = np.argsort(p_values, kind="stable")
+def holm(p_values: Sequence[float], size: int = 0) -> list[float]:
+    """Adjusted p values of a family of tests (Holm 1979), in the given order.
+
+    size: of the family, where some of its tests are still to come.
+    """
+    order, size = np.argsort(p_values, kind="stable"), size or len(p_values)
     adjusted, least = [0.0] * len(order), 0.0
     for rank, index in enumerate(order):
-        least = max(least, min(1.0, (len(order) - rank) * p_values[index]))
+        least = max(least, min(1.0, (size - rank) * p_values[index]))
         adjusted[index] = least
     return adjusted
 
@@ -103,7 +106,8 @@ class Term:
 @dataclass(frozen=True)
 class Contrast:
     """A weighted sum of cells. by_seed: of each pretraining run; interval: 95%, narrow: 90%, of the crossed bootstrap;
-    p: of the sign-flip test; over_examples: whether examples were resampled too."""
+    p: of the sign-flip test; over_examples: whether examples were resampled too; half_over_runs: half the width of the
+    95% interval over runs alone, None where that is the interval."""
 
     estimate: float
     by_seed: tuple[float, ...]
@@ -111,6 +115,7 @@ class Contrast:
     narrow: tuple[float, float] | None
     p: float
     over_examples: bool
+    half_over_runs: float | None = None
 
 
 def contrast(terms: Sequence[Term], *, resamples: int = RESAMPLES) -> Contrast:
@@ -128,17 +133,17 @@ def contrast(terms: Sequence[Term], *, resamples: int = RESAMPLES) -> Contrast:
         return Contrast(estimate, values, None, None, p, over_examples)
     draws = generator("crossed bootstrap", n_seeds, resamples)
     seeds = draws.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=resamples) / n_seeds
-    found = np.zeros(resamples)
-    if not over_examples:
-        found = seeds @ by_seed
-    else:
+    found, half_over_runs = seeds @ by_seed, None
+    if over_examples:
+        low, high = np.quantile(found, [0.025, 0.975])
+        half_over_runs = float(high - low) / 2
+        found = np.zeros(resamples)
         for key in dict.fromkeys(term.examples for term in terms):
             own = [term for term in terms if term.examples == key]
             found += np.sum(seeds * _over_examples(own, resamples), axis=1)
     low, low_narrow, high_narrow, high = np.quantile(found, [0.025, 0.05, 0.95, 0.975])
-    return Contrast(
-        estimate, values, (float(low), float(high)), (float(low_narrow), float(high_narrow)), p, over_examples
-    )
+    interval, narrow = (float(low), float(high)), (float(low_narrow), float(high_narrow))
+    return Contrast(estimate, values, interval, narrow, p, over_examples, half_over_runs)
 
 
 def _over_examples(terms: Sequence[Term], resamples: int, at_once: int = 2_000_000) -> np.ndarray:
@@ -170,16 +175,18 @@ MOST_SEEDS = 1000
 @dataclass(frozen=True)
 class Verdict:
     """word: reproduced, reversed, equivalent, inconclusive, or "no verdict"; seeds: pretraining runs that an interval
-    of this effect and spread would need to leave 0 out, where the word is inconclusive; small: the effect is there, but
-    below the smallest one of interest."""
+    of this effect and spread would need to leave 0 out, where the word is inconclusive, None where no number of them is
+    enough for so few examples; small: the effect is there, but below the smallest one of interest."""
 
     word: str
     seeds: int | None = None
     small: bool = False
 
     def text(self) -> str:
-        if self.seeds is None:
+        if self.word != "inconclusive":
             return self.word + (", an effect too small to matter" if self.small else "")
+        if self.seeds is None:
+            return f"{self.word} (would need more examples, not seeds alone)"
         about = f"about {self.seeds:,}" if self.seeds < MOST_SEEDS else f"{MOST_SEEDS:,} or more"
         return f"{self.word} (would need {about} seeds)"
 
@@ -196,7 +203,11 @@ def verdict(found: Contrast, smallest: float) -> Verdict:
         return Verdict("reversed", small=small)
     if -smallest < low_narrow and high_narrow < smallest:
         return Verdict("equivalent")
-    # The half width of the interval, which has both sources of chance in it, shrinks with the root of the seeds.
+    # Of the interval's half width the runs' part shrinks with the root of their number, the examples' part does not.
     half = (high - low) / 2
-    needed = math.ceil(len(found.by_seed) * (half / max(abs(found.estimate), 1e-9)) ** 2)
-    return Verdict("inconclusive", min(max(needed, len(found.by_seed) + 1), MOST_SEEDS))
+    over_runs = half if found.half_over_runs is None else min(found.half_over_runs, half)
+    left = found.estimate**2 - (half**2 - over_runs**2)
+    if left <= 0:
+        return Verdict("inconclusive")
+    needed = math.ceil(min(len(found.by_seed) * over_runs**2 / left, MOST_SEEDS))
+    return Verdict("inconclusive", max(needed, len(found.by_seed) + 1))

@@ -37,9 +37,9 @@ class Column:
     """A quantity: rows of results.jsonl with this suite and metric, of this part.
 
     label: what the paper calls it; measured: what stands for it here. part: of suite task "report" or "selection",
-    of others the split, "" for any; step: of the rows, None for the highest. Values are shown times `factor` in `unit`,
-    and so is `smallest`, the smallest effect of interest (protocol 15). group, x: columns of one group are points of a
-    curve.
+    of others the split, "" for any; step: of the rows, None for the highest of a run that is complete. Values are shown
+    times `factor` in `unit`, and so is `smallest`, the smallest effect of interest (protocol 15). group, x: columns of
+    one group are points of a curve.
     """
 
     name: str
@@ -229,7 +229,7 @@ class Results:
 
     def __init__(self, study: Study):
         self.study = study
-        self._read = functools.cache(_rows)
+        self._read, self._facts = functools.cache(_rows), functools.cache(_run_facts)
         columns = {column.name: column for column in study.columns}
         self.values = {
             (row, column): [value for cell in own if (value := self._value(cell, columns[column])) is not None]
@@ -239,9 +239,10 @@ class Results:
     def _value(self, cell: Cell, column: Column) -> Value | None:
         column = dataclasses.replace(column, metric=cell.metric or column.metric, suite=cell.suite or column.suite)
         rows = [row for row in self._read(cell.place) if _fits(row, column)]
-        if not rows:
+        # A run that is going on or has failed has numbers of its way, which are not its result.
+        if not rows or (column.step is None and self.facts(cell.place).get("status") != "complete"):
             return None
-        row = max(rows, key=lambda one: one.get("step") or 0)
+        row = max(enumerate(rows), key=lambda one: (one[1].get("step") or 0, one[0]))[1]  # of one step the last written
         counts, examples = _counts(cell.place, str(row.get("predictions") or ""), column)
         return Value(cell, column.factor * float(row["value"]), counts, examples)
 
@@ -254,11 +255,7 @@ class Results:
 
     def facts(self, place: str) -> dict:
         """run.json of a cell's run, {} where there is none."""
-        try:
-            facts = json.loads((epath.Path(place) / "run.json").read_text())
-        except (OSError, ValueError):
-            return {}
-        return facts if isinstance(facts, dict) else {}
+        return self._facts(place)
 
     @property
     def missing(self) -> list[str]:
@@ -277,6 +274,14 @@ class Results:
     def means(self, row: str, column: str) -> list[float]:
         """One number for each pretraining seed."""
         return [float(np.mean([value.value for value in own])) for own in self.by_seed(row, column).values()]
+
+
+def _run_facts(place: str) -> dict:
+    try:
+        facts = json.loads((epath.Path(place) / "run.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def _rows(place: str) -> list[dict]:
@@ -314,7 +319,7 @@ def _counts(place: str, predictions: str, column: Column) -> tuple[np.ndarray | 
         record = json.loads((epath.Path(place) / counts_file(predictions)).read_text())
     except (OSError, ValueError):
         return None, 0
-    pairs = record["metrics"].get(column.metric.rpartition("/")[2])
+    pairs = record["metrics"].get(column.metric.partition("/")[2])
     if pairs is None:
         return None, 0
     return np.asarray(pairs, np.float64), hash(tuple(record["ids"]))

@@ -94,7 +94,8 @@ def claims_table(results: Results) -> Table | None:
         measured = [study.column(name) for _, name, _ in claim.terms]
         units = dict.fromkeys(column.unit or column.label for column in measured)
         unit = "standard deviations" if claim.standardised else " and ".join(units)
-        row = [claim.name, claim.text, claim.effect]
+        kind = claim.family or ("exploratory" if any(other.family for other in study.claims) else None)
+        row = [claim.name, claim.text + _flag_of(results, claim), kind, claim.effect]
         if one is None:
             rows.append([*row, None, None, unit, None, None, None, smallest, "not measured yet"])
             continue
@@ -104,6 +105,7 @@ def claims_table(results: Results) -> Table | None:
     columns = [
         Column("claim"),
         Column("what is said"),
+        Column("kind"),
         Column("paper", "", _signed),
         Column("ours", "", _signed),
         Column("95% interval"),
@@ -153,11 +155,12 @@ def runs_table(results: Results) -> Table | None:
 
 
 def _adjusted(claims: Sequence[Claim], found: Sequence[Contrast | None]) -> list[float | None]:
-    """Holm's p of each claim among those of its family that are measured."""
+    """Holm's p of each claim in its family, those of it that are not measured yet counted."""
     adjusted: list[float | None] = [None] * len(claims)
     for family in dict.fromkeys(claim.family for claim in claims if claim.family):
-        own = [i for i, claim in enumerate(claims) if claim.family == family and found[i] is not None]
-        for index, p in zip(own, holm([found[i].p for i in own]), strict=True):
+        members = [i for i, claim in enumerate(claims) if claim.family == family]
+        own = [i for i in members if found[i] is not None]
+        for index, p in zip(own, holm([found[i].p for i in own], len(members)), strict=True):
             adjusted[index] = p
     return adjusted
 
@@ -219,6 +222,11 @@ def _flagged(results: Results, column: studies.Column) -> str:
     return column.label + flag(results.pretrained(column))
 
 
+def _flag_of(results: Results, claim: Claim) -> str:
+    """Protocol 1's flag of a claim, if one of its columns has it."""
+    return flag(max(results.pretrained(results.study.column(name)) for name in {name for _, name, _ in claim.terms}))
+
+
 def _overlap(results: Results, columns: Sequence[studies.Column]) -> str:
     shares = {column.metric.partition("/")[0]: results.pretrained(column) for column in columns}
     named = [f"{task} {share:.1%}" for task, share in shares.items() if flag(share)]
@@ -253,11 +261,14 @@ def _how(results: Results) -> str:
     )
     if found and not all(one.over_examples for one in found):
         text += " Where a quantity is no ratio of counts, or has none, only over runs."
+    if n > 1:
+        text += f" The exact sign-flip test over {n} runs cannot go below p = {smallest_p(n):.3g};"
+        text += " a bootstrap over so few is narrow: read " + ("a verdict" if n >= FEWEST_SEEDS else "it")
+        text += " together with p."
     if n < FEWEST_SEEDS:
         text += f" Fewer than {FEWEST_SEEDS} pretraining runs: no verdicts."
-    else:
-        text += f" The exact sign-flip test over {n} runs cannot go below p = {smallest_p(n):.3g};"
-        text += " a bootstrap over so few is narrow: read a verdict together with p."
+    if not any(claim.family for claim in results.study.claims):
+        text += " None of these contrasts is a primary one of the protocol: they are exploratory."
     return text + " Verdicts as docs/protocol.md, 15."
 
 
@@ -271,13 +282,15 @@ def overview(all_results: Sequence[Results]) -> Table | None:
             word = "not measured yet" if found is None else verdict(found, smallest_effect(results, claim)).text()
             ours = None if found is None else summarise(found.by_seed)
             n = None if found is None else len(found.by_seed)
-            rows.append([claim.name, study.title, claim.text, study.budget, claim.effect, ours, n, word])
+            text, kind = claim.text + _flag_of(results, claim), claim.family or "exploratory"
+            rows.append([claim.name, study.title, text, kind, study.budget, claim.effect, ours, n, word])
     if not rows:
         return None
     columns = [
         Column("claim"),
         Column("table"),
         Column("what is said"),
+        Column("kind"),
         Column("budget"),
         Column("paper", "", _signed),
         Column("ours", "", _signed),

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 
 from plm.analysis.overlap import PRETRAINED, flag
+from plm.analysis.results import MAJORITY
 from plm.reporting.runs import SEED_SUFFIX, Run, is_finite
 from plm.reporting.statistics import Summary, summarise
 from plm.reporting.studies import is_selection
@@ -29,7 +30,7 @@ def _measured(run: Run) -> dict[str, dict[str, dict]]:
     for row in run.results:
         if row.get("suite") != SUITE or not row.get("predictions") or not is_finite(row.get("value")):
             continue
-        if row.get("split") in NO_SPLIT:
+        if row.get("split") in NO_SPLIT or f"/{MAJORITY}/" in str(row["metric"]):
             continue
         part = "selection" if is_selection(row.get("split")) else "report"
         found.setdefault(str(row["metric"]), {})[part] = row

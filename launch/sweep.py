@@ -522,13 +522,25 @@ def _folder(text: str) -> epath.Path:
     return epath.Path(text if "://" in text else Path(text).expanduser().resolve())
 
 
+def _of_all_points(arguments: Sequence[str]) -> list[str]:
+    """The arguments without those that choose among the points: what makes the whole sweep."""
+    kept, words = [], iter(arguments)
+    for word in words:
+        name, equals, _ = word.lstrip("-").partition("=")
+        if not (word.startswith("-") and name in ("only", "retry")):
+            kept.append(word)
+        elif not equals:
+            next(words, None)
+    return kept
+
+
 def main() -> int:
     """The command; returns its exit code."""
     root = _folder(_FLAGS.root)
     shared = str(_folder(_FLAGS.shared)) if _FLAGS.shared else ""
     points, study = read_points(_CONFIG.spec, root, _CONFIG.overrides, _FLAGS.seeds, shared)
     if study is not None:
-        study.command = shlex.join(["python", "-m", "launch.sweep", *sys.argv[1:]])
+        study.command = shlex.join(["python", "-m", "launch.sweep", *_of_all_points(sys.argv[1:])])
     chosen, backend = choose(points, _FLAGS.only), backend_of(_FLAGS, root)
     if _FLAGS.status:
         jobs = backend.jobs()

@@ -13,6 +13,8 @@ deletes what it created.
 import concurrent.futures
 import dataclasses
 import hashlib
+import io
+import json
 import re
 import shlex
 import subprocess
@@ -29,6 +31,7 @@ from etils import epath
 from launch.points import RECORD, Point, Records, progress, read_json, state
 from plm.command import INTERRUPTED
 from plm.errors import UserError
+from plm.training.metrics import SENT_VERSION, code_version
 
 FLAGS = (
     "tpu_type",
@@ -41,7 +44,16 @@ FLAGS = (
     "tpu_port",
     "tpu_poll_seconds",
 )
-CODE = ("plm", "experiments", "launch", "pyproject.toml", "constraints.txt", "README.md", "LICENSE")
+CODE = (
+    "plm",
+    "experiments",
+    "launch",
+    "docs/protocol.md",  # its hash belongs into run.json
+    "pyproject.toml",
+    "constraints.txt",
+    "README.md",
+    "LICENSE",
+)
 PYTHON = ".venv/bin/python"
 # The images' own Python is too old. uv brings one, and installs the versions of constraints.txt.
 SETUP = (
@@ -197,7 +209,7 @@ def _check(point: Point) -> None:
 
 
 def pack(path: Path) -> None:
-    """The code of this checkout as it is now, changes included."""
+    """The code of this checkout as it is now, changes included, and of which commit it is."""
 
     def keep(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
         return None if "__pycache__" in entry.name else entry
@@ -207,6 +219,10 @@ def pack(path: Path) -> None:
             if not Path(name).exists():
                 raise UserError(f"{name} is not in {Path.cwd()}: start --backend=tpu in the checkout")
             archive.add(name, filter=keep)
+        version = json.dumps(code_version(Path.cwd())).encode()
+        entry = tarfile.TarInfo(SENT_VERSION)
+        entry.size = len(version)
+        archive.addfile(entry, io.BytesIO(version))
 
 
 class _Stopped(Exception):  # noqa: N818

@@ -233,6 +233,11 @@ def test_seeds_make_a_point_each(experiment):
     assert [p.name for p in sweep.choose(points, ["b*"])] == ["b-seed0", "b-seed1"]
 
 
+def test_a_study_is_made_by_its_whole_command():
+    given = ["--config=a.py:tiny", "--only", "b*", "--retry=failed", "--root=DIR", "--only=c", "--seeds=5"]
+    assert sweep._of_all_points(given) == ["--config=a.py:tiny", "--root=DIR", "--seeds=5"]
+
+
 @pytest.fixture
 def staged(tmp_path):
     """A sweep of two pretraining runs that it shares, a run on a task from each, and a measurement."""

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import pytest
@@ -18,7 +19,7 @@ from test_processes import free_port
 from launch import points, sweep, tpu
 from plm.errors import UserError
 from plm.training import config as configs
-from plm.training import loop
+from plm.training import loop, metrics
 
 GOLDEN = ROOT / "tests" / "fixtures" / "gcloud_lines.json"
 OPTIONS = tpu.Options("v5litepod-16", "us-west4-a", "v2-alpha-tpuv5-lite")
@@ -121,6 +122,7 @@ def stub(tmp_path, monkeypatch):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
+            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, checkout / name)
     (checkout / "plm" / "train.py").write_text(
         """
@@ -150,6 +152,17 @@ for step in range(int(saved.read_text()) if saved.exists() else 0, 60):
 
 def point_of(root) -> list[points.Point]:
     return [points.Point("elmo", epath.Path(root) / "elmo", "experiments/compare.py:tiny")]
+
+
+def test_a_worker_knows_which_code_it_runs(tmp_path, monkeypatch):
+    """It has no git: the protocol's hash and the commit travel with the code."""
+    monkeypatch.chdir(ROOT)
+    tpu.pack(tmp_path / "plm.tar.gz")
+    with tarfile.open(tmp_path / "plm.tar.gz") as archive:
+        archive.extractall(tmp_path / "plm", filter="data")
+    script = "from plm.training import metrics; print(metrics.code_version(), metrics.protocol_hash())"
+    there = subprocess.run([sys.executable, "-c", script], cwd=tmp_path / "plm", capture_output=True, text=True)
+    assert there.stdout.strip() == f"{metrics.code_version()} {metrics.protocol_hash()}", there.stderr
 
 
 ONCE = ["delete", "create", "warm", "scp", "install", "start", "delete"]

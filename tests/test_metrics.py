@@ -139,6 +139,10 @@ def test_code_version_sees_commits_changes_and_new_files(tmp_path, monkeypatch):
         subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
 
     assert metrics.code_version(tmp_path) == {"commit": None, "uncommitted": None}, "outside git"
+    sent = {"commit": "abc", "uncommitted": None}
+    (tmp_path / metrics.SENT_VERSION).write_text(json.dumps(sent))
+    assert metrics.code_version(tmp_path) == sent, "a copy that was sent somewhere"
+    (tmp_path / metrics.SENT_VERSION).unlink()
     git("init", "-q")
     (tmp_path / "a.py").write_text("1")
     git("add", "a.py")

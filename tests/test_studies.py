@@ -207,6 +207,7 @@ def test_every_number_names_its_run(root):
     assert values[3] is None
     assert np.mean([v for v in values if v is not None]) == study_tables.summary(results, "new", "score").mean
     assert {row[at["status"]] for row in own} == {"complete"}
+    assert {row[at["quantity"]] for row in table.rows} == {"SST-2", "perplexity", "A curve: 1", "A curve: 10"}
     assert "launch.sweep --config=mine.py" in table.note
 
 

@@ -124,6 +124,7 @@ def claims_table(results: Results) -> Table | None:
 def runs_table(results: Results) -> Table | None:
     """Every cell's runs with their numbers, a row each: what the means are made of."""
     study, rows = results.study, []
+    titles = {drawing.group: drawing.title for drawing in study.drawings}
     facts = {cell.place: results.facts(cell.place) for own in study.cells.values() for cell in own}
     for (row, name), cells in study.cells.items():
         column = study.column(name)
@@ -132,7 +133,9 @@ def runs_table(results: Results) -> Table | None:
             run, devices = facts[cell.place], facts[cell.place].get("devices") or {}
             hardware = f"{devices['count']} x {devices['kind']}" if "kind" in devices else None
             run_name = cell.place.rstrip("/").rpartition("/")[2]
-            own = [study.label(row), column.label, column.unit, cell.seed, cell.head, found.get(cell), run_name]
+            # A point of a curve has no name but its place on the axis.
+            label = column.label if column.x is None else f"{titles.get(column.group, column.group)}: {column.label}"
+            own = [study.label(row), label, column.unit, cell.seed, cell.head, found.get(cell), run_name]
             rows.append([*own, run.get("status", "not started"), run.get("commit"), hardware, run.get("seconds")])
     if not rows:
         return None

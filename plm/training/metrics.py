@@ -27,6 +27,7 @@ from plm.errors import UserError
 METRICS, RUN, RESULTS = "metrics.jsonl", "run.json", "results.jsonl"
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 PROTOCOL = REPOSITORY / "docs" / "protocol.md"
+SENT_VERSION = ".code_version.json"  # `code_version` of the checkout that this is a copy of, where it is no checkout
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Lines of JSON
@@ -269,12 +270,16 @@ def code_version(folder: Path = REPOSITORY) -> dict[str, str | None]:
     """{"commit": id or None, "uncommitted": hash or None} of the checkout in `folder`.
 
     `uncommitted` is a SHA-256 over the difference to the commit and over the untracked files that git does not ignore:
-    None for a clean checkout, and outside git, where the commit is None, too.
+    None for a clean checkout. Outside git what SENT_VERSION says, else None for both.
     """
     top = _git("rev-parse", "--show-toplevel", folder=folder)
     # A package inside site-packages may lie below somebody else's repository.
     if top is None or Path(top.decode().strip()).resolve() != folder.resolve():
-        return {"commit": None, "uncommitted": None}
+        try:
+            sent = json.loads((folder / SENT_VERSION).read_text())
+            return {"commit": sent["commit"], "uncommitted": sent["uncommitted"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {"commit": None, "uncommitted": None}
     commit = _git("rev-parse", "HEAD", folder=folder)
     changes = _git("diff", "HEAD", "--binary", folder=folder) or b""
     untracked = _git("ls-files", "--others", "--exclude-standard", "-z", folder=folder) or b""
@@ -320,7 +325,7 @@ class RunRecord:
     """run.json of a workdir.
 
     Top level: what holds for the whole run (`corpus`, `tokenizer`, `parameters`, ... as given to `start`) and how far
-    it is (`update`: step, tokens, bytes, words, epochs, targets, flops, seconds). `sessions`: one entry for each time
+    it is (`update`: step, tokens, bytes, words, epochs, flops, seconds). `sessions`: one entry for each time
     that it was started, with command, commit, uncommitted, versions, devices, protocol, started, from_step; a resumed
     run has several. `protocol`, `commit`, ... at the top level are those of the last session.
     """
@@ -366,7 +371,7 @@ class RunRecord:
         self._write()
 
     def update(self, *, step: int, **progress: Any) -> None:
-        """Notes how far the run is: tokens, bytes, words, epochs, targets, flops, seconds, ..., all since step 0."""
+        """Notes how far the run is: tokens, bytes, words, epochs, flops, seconds, ..., all since step 0."""
         self.note(step=step, updated=now(), **progress)
 
     def note(self, **facts: Any) -> None:

@@ -5,7 +5,7 @@
 
 | budget | points | hardware, time | expected |
 | --- | --- | --- | --- |
-| tiny | 5 pretraining, 40 on tasks | 2 CPU cores, 15 minutes | docs/ablations.md |
+| tiny | 5 pretraining, 40 on tasks | 2 CPU cores, 50 minutes | docs/ablations.md |
 | small | 5 pretraining, 180 on tasks | one accelerator, two hours | not measured yet |
 
 `k` layers and the embedding are the pretrained ones, what is above them starts at random; `nothing` takes over neither.

@@ -75,6 +75,7 @@ def get_config(arguments: str = ""):
             "init.keep": "all" if second else "params",
             "checkpoint.every_steps": 10_000,
             "eval.every_steps": 10_000,
+            "eval.batches": 200,  # 51,200 rows
             "log.every_steps": 100,
         }
     )

@@ -79,5 +79,6 @@ def on_cpu(recipe: Recipe, source: str = "") -> dict[str, Any]:
         "total_steps": recipe.total_steps,
         "optimizer.peak_lr": recipe.peak_lr,
         "optimizer.warmup_steps": recipe.warmup_steps,
+        "eval.batches": 0,
         **often(recipe.total_steps),
     }

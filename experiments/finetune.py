@@ -51,8 +51,9 @@ FROZEN_WAYS = ("features", "probe", "static")
 WAYS = ("paper", "full", "bert", *FROZEN_WAYS)
 FROZEN = ("^(embedding|blocks|backward_blocks)/",)
 CHOICES = {"swag": 4, "dream": 3, "storycloze": 2, "race_middle": 4, "race_high": 4, "docstring_signature": 4}
-# Pieces of a row; of other kinds 128. No tag and no target word may be cut off.
-LENGTHS = {"span": 384, "tagging": 512, "word": 512}
+# Pieces of a row; of other kinds 128. No tag and no target word may be cut off; a passage with its question and an
+# answer is longer than a sentence.
+LENGTHS = {"span": 384, "tagging": 512, "word": 512, "choice": 512}
 ALIKE = ("mrpc", "qqp", "stsb")  # two texts without an order: GPT reads them in both
 GRID = {"forward": (6.25e-5, 2e-4, 6e-4), "full": (2e-5, 5e-5, 2e-4), "both": (3e-4, 1e-3, 3e-3)}
 EPOCHS = (3.0, 6.0)
@@ -74,7 +75,7 @@ def _arguments(text: str):
 
 
 def get_config(arguments: str = "", source=None):
-    """arguments: task=docstring_package|sst2|...|custom, way=paper|full|features|probe|static, kind=... (custom),
+    """arguments: task=docstring_package|sst2|...|custom, way=paper|full|bert|features|probe|static, kind=... (custom),
     choices=N (custom, kind choice), reset_top=K, layer_decay=PERCENT, auxiliary=PERCENT, orders=paper|both|one,
     select=last|best.
     source: the config of the model in init.from."""
@@ -151,6 +152,8 @@ def _recipe(config, given, kind: str, source) -> None:
         head["choices"] = choices
     if objective in ("tag", "span"):
         head.pop("pooling")
+    if objective == "span" and (given.way == "bert" or (given.way == "paper" and direction == "full")):
+        head["dropout"] = 0.0  # BERT's classifiers have it, its run_squad.py has none
     configs.add_objective(config, objective, **head)
     if given.way == "paper" and direction == "forward" and "causal" in source.objectives and given.auxiliary:
         configs.add_objective(config, "causal", given.auxiliary / 100, per_row=True)

@@ -52,6 +52,7 @@ def get_config(arguments: str = ""):
             "softmax_chunk": 8192,
             "checkpoint.every_steps": 5000,
             "eval.every_steps": 5000,
+            "eval.batches": 200,  # 6.5 million pieces
             "log.every_steps": 100,
         }
     )

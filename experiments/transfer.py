@@ -116,9 +116,12 @@ def _settings(make: Maker, row: str, on, scratch: bool) -> dict:
     settings: dict = {"init.keep": "nothing"} if scratch else {}
     if make.budget == "laptop":
         settings["data.task.fraction"], settings["data.task.held_out_fraction"] = PARTS[on.task]
+        # As long as what the models were pretrained on.
         if on.kind == "span":
-            settings |= {"seq_len": 128, "data.task.buckets": ()}  # as long as what the models were pretrained on
-        elif ROWS[row][1] != "elmo":
+            settings |= {"seq_len": 128, "data.task.buckets": ()}
+        elif on.kind == "choice":
+            settings |= {"seq_len": 128, "data.task.buckets": (32, 64)}
+        if on.kind != "span" and ROWS[row][1] != "elmo":
             # Few of them: to compile one takes as long as a Transformer's hundred batches, if not an LSTM's.
             settings["data.task.buckets"] = (64, 128) if on.kind in ("tagging", "word") else (64,)
     if row == "word2vec":

@@ -31,16 +31,23 @@ def test_what_is_best_and_when_no_better_one_is_waited_for():
     assert [losses.add(step, {"eval/loss": v}) for step, v in ((1, 2.0), (2, 3.0), (3, 1.0))] == [True, False, True]
 
 
-def test_bad_settings_are_one_line(sources, task):  # noqa: F811
+def test_bad_settings_are_one_line(sources, task, tmp_path):  # noqa: F811
     config = config_of(sources / "pairs", task, checkpoint__keep_best="f1")
     with pytest.raises(
         UserError, match=r"checkpoint.keep_best='f1' is no held-out number of this run: loss, classify,"
     ):
-        make_best(config, ("accuracy",), evaluated=True)
+        make_best(config, ("loss", "classify"), ("accuracy",), evaluated=True)
     with pytest.raises(UserError, match="needs held-out text"):
-        make_best(config, ("f1",), evaluated=False)
+        make_best(config, (), (), evaluated=False)
     with pytest.raises(UserError, match=r"eval.patience=3 needs checkpoint.keep_best"):
-        make_best(config_of(sources / "pairs", task, eval__patience=3), ("f1",), evaluated=True)
+        make_best(config_of(sources / "pairs", task, eval__patience=3), ("loss",), ("f1",), evaluated=True)
+    # Names of no evaluation: of both directions at once, of no next-token loss, of a part of the held-out examples.
+    for name, settings in (("classify_perplexity", {}), ("selects", {"eval__batches": 1}),
+                           ("accuracy", {"eval__batches": 1})):  # fmt: skip
+        config = config_of(sources / "pairs", task, checkpoint__keep_best=name, **settings)
+        with pytest.raises(UserError, match=rf"keep_best='{name}' is no held-out number of this run: loss, classify"):
+            loop.train(config, tmp_path / name)
+        assert not (tmp_path / name / "config.json").exists()
     with pytest.raises(UserError, match="kept no best checkpoint"):
         checkpoint.split_step(f"{sources / 'pairs'}@best")
     with pytest.raises(UserError, match="a whole number, or best"):

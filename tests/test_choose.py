@@ -136,7 +136,8 @@ def test_the_dropped_positions_are_the_same_at_both_ends():
 def task_config(**settings):
     config = configs.base()
     configs.set_task(config, {"name": "swag"})
-    configs.apply(config, {"total_steps": 1, "batch_size": 12, "seq_len": 8, "data.layout": "task"})
+    run = {"eval.batch_size": settings.pop("eval_batch_size", 0), "microbatches": settings.pop("microbatches", 1)}
+    configs.apply(config, {"total_steps": 1, "batch_size": 12, "seq_len": 8, "data.layout": "task", **run})
     model = {key[6:]: settings.pop(key) for key in list(settings) if key.startswith("model_")}
     configs.set_model(config, {"direction": "forward", **model})
     configs.add_objective(config, "choose", **settings)
@@ -153,6 +154,8 @@ def task_config(**settings):
         ({"reads": "vectors", "pooling": "mean"}, "reads='vectors' needs a file of them: data.task.vectors"),
         ({"reads": "mix", "layers": (0, 3)}, "names layer 3: the model has 0 .its embedding. to 2"),
         ({"choices": 5}, "batch_size=12 must be divisible by microbatches=1 x the 5 rows that objectives.choose has"),
+        ({"choices": 3, "eval_batch_size": 64}, "eval.batch_size=64 must be divisible by the 3 rows that objectives.c"),
+        ({"reads": "mix", "mix_norm": True, "microbatches": 2}, "choose.mix_norm normalises over the rows of a micro"),
         ({"choices": 1}, "objectives.choose.choices=1 must be a whole number of at least 2"),
         ({"model_positions_in_softmax": 200}, "positions_in_softmax=200 must be at most model.max_positions=128"),
         ({"model_positions_in_softmax": 8, "model_tied": False}, "positions_in_softmax needs model.tied=True"),

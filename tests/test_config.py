@@ -180,6 +180,21 @@ def test_resolve_fills_seeds_and_checks_the_schedule():
         configs.resolve(configs.load(GPT, {"total_steps": "90", "optimizer.schedule_steps": "60"}))
 
 
+@pytest.mark.parametrize(
+    ("schedule", "steps", "warmup"),
+    [
+        ("openai_linear", 138, 1),  # 0.28 of a step: the first one has rate 0, as in OpenAI's code
+        ("openai_linear", 700, 2),  # 1.4
+        ("bert_linear", 138, 0),  # Google's code cuts
+        ("bert_linear", 900, 1),
+    ],
+)
+def test_a_warm_up_of_parts_of_a_step(schedule, steps, warmup):
+    settings = {"optimizer.warmup_steps": 0, "optimizer.warmup_fraction": 0.002, "optimizer.schedule": schedule}
+    config = configs.resolve(configs.load(GPT, settings | {"total_steps": steps}))
+    assert config.optimizer.warmup_steps == warmup
+
+
 def test_a_saved_config_comes_back():
     config = configs.resolve(configs.load(ELMO, {"checkpoint.keep_at": "(1,2)"}))
     again = configs.from_json(configs.to_json(config))

@@ -67,7 +67,7 @@ class Windows:
         self.split, self.T, self.batch_size, self.seed = split, seq_len, batch_size, seed
         self.stride, self.training = settings["stride"], mode == "train"
         self.places = (split.n_tokens - seq_len - 1) // self.stride
-        self.examples_per_epoch, self.tokens_per_example, self.steps = self.places, float(seq_len), 2
+        self.examples_per_epoch, self.steps = self.places, 2
         self.report = {"layout": "windows", "stride": self.stride}
 
     def rows(self, step: int, rows: range) -> dict:

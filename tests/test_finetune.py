@@ -16,7 +16,7 @@ from plm.data.sources import cache_directory
 from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
 from plm.inference import model as models
-from plm.training import checkpoint, loop, program, sharding
+from plm.training import checkpoint, loop, metrics, program, sharding
 from plm.training import config as configs
 from plm.training.metrics import RunRecord, read_metrics, read_results
 
@@ -74,7 +74,7 @@ def leaves(workdir, step=None) -> dict[str, np.ndarray]:
 
 
 def test_bert_is_tuned_stopped_and_resumed_as_if_it_never_stopped(sources, task, tmp_path):
-    config = config_of(sources / "pairs", task, checkpoint__keep_at=(0,))
+    config = config_of(sources / "pairs", task, checkpoint__keep_at=(0,), optimizer__warmup_fraction=0.2)
     whole = loop.train(config, tmp_path / "whole")
     assert {"eval/accuracy", "eval/classify", "eval/classify_accuracy"} <= whole.keys()
     assert whole["eval/accuracy"] == pytest.approx(whole["eval/classify_accuracy"])
@@ -152,6 +152,27 @@ def test_controls(sources, task, tmp_path):
     begun = leaves(tmp_path / "top", 0)
     np.testing.assert_array_equal(begun[name][0], before[name][0])
     assert not np.any(begun[name][1] == before[name][1])
+
+
+def test_a_run_that_could_not_begin_still_knows_where_it_starts_from(sources, task, tmp_path, monkeypatch):
+    config = config_of(sources / "pairs", task, total_steps=1)
+    with monkeypatch.context() as patch:
+
+        def missing(*_, **__):
+            raise UserError("a package is missing")
+
+        patch.setattr(metrics, "Metrics", missing)
+        with pytest.raises(UserError, match="a package is missing"):
+            loop.train(config, tmp_path / "run")
+    loop.train(config, tmp_path / "run")
+    facts = RunRecord(tmp_path / "run", enabled=False).facts
+    assert facts["starts_from"]["source"] == str(sources / "pairs")
+    assert {row.pretrain_seed for row in read_results(tmp_path / "run")} == {7}
+    # Its batches are as long as their rows want, and so are its tokens.
+    batches = {int(width): n for width, n in facts["layout"]["batches"].items()}
+    assert min(batches) < config.seq_len
+    mean = sum(width * n for width, n in batches.items()) / sum(batches.values())
+    assert facts["tokens_per_step"] == round(config.batch_size * mean)
 
 
 def test_a_finished_run_is_reported_once_with_its_predictions(sources, task, tmp_path):

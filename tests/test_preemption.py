@@ -17,7 +17,7 @@ from test_loop import assert_same_checkpoint, losses_of
 from plm.command import INTERRUPTED
 from plm.training import config as configs
 from plm.training import loop, preemption, program
-from plm.training.metrics import RunRecord
+from plm.training.metrics import RunRecord, read_metrics
 from plm.training.sharding import make_mesh
 
 EVERY_LINE = {"log.every_steps": 1}
@@ -86,6 +86,33 @@ def test_a_signal_stops_after_the_step_and_nothing_is_lost(number, step, uninter
     assert_same_checkpoint(workdir, uninterrupted)
     assert losses_of(workdir) == losses_of(uninterrupted)
     assert [session["from_step"] for session in RunRecord(workdir).facts["sessions"]] == [0, step]
+
+
+def test_a_notice_ends_an_evaluation_which_the_resumed_run_makes_up_for(uninterrupted, text, tmp_path, monkeypatch):
+    """An evaluation may take longer than a scheduler's grace: it is left between two batches."""
+    workdir, real, asked = tmp_path / "run", loop.Evaluator.run, []
+
+    def told_in_the_second(self, params, stops=None):
+        asked.append(stops)
+        return real(self, params, (lambda: True) if len(asked) == 2 else stops)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Evaluator, "run", told_in_the_second)
+        with pytest.raises(preemption.Preempted) as stop:
+            loop.train(config_of(text), workdir)
+    assert all(callable(stops) for stops in asked), "the loop hands on its notice"
+    step = stop.value.step
+    expected = evaluated(uninterrupted)
+    assert step == list(expected)[1]
+    assert list(evaluated(workdir)) == list(expected)[:1]
+    assert RunRecord(workdir).facts["status"] == "interrupted"
+    loop.train(config_of(text), workdir)
+    assert evaluated(workdir) == expected
+    assert_same_checkpoint(workdir, uninterrupted)
+
+
+def evaluated(workdir) -> dict[int, float]:
+    return {line["step"]: line["eval/loss"] for line in read_metrics(workdir) if "eval/loss" in line}
 
 
 def slow_steps() -> None:

@@ -8,8 +8,8 @@
 | `module:function` | called with the arguments of `make_layout` | |
 
 A layout has `rows(step, rows)` (a dict of arrays, int32 unless said, first axis len(rows); every slice of a batch is
-the same whatever process asks for it), `examples_per_epoch`, `tokens_per_example` (bare tokens, a mean), `report`
-(counts, with whatever never fits) and, for mode "eval", `steps`. T = seq_len:
+the same whatever process asks for it), `examples_per_epoch`, `report` (counts, with whatever never fits), for mode
+"eval" `steps`, and where rows are not always T long `batches_by_width` ({length: batches of an epoch}). T = seq_len:
 
 | key | shape | meaning |
 | --- | --- | --- |
@@ -143,11 +143,6 @@ class _Stream:
         self.is_special = np.zeros(tokenizer.size, bool)
         self.is_special[np.asarray(tokenizer.special_ids, np.int64)] = True
 
-    @property
-    def share_of_tokens(self) -> float:
-        """Bare tokens for each symbol of the stream."""
-        return self.split.n_tokens / (self.split.n_tokens + self.n_markers)
-
     def _markers_before(self, places: np.ndarray) -> np.ndarray:
         """Number of markers at stream places < each of `places`: a binary search in the arrays on disk."""
         low, high = np.zeros_like(places), np.full_like(places, self.n_markers)
@@ -235,7 +230,6 @@ class Blocks(_Layout):
         super().__init__(split, tokenizer, **arguments)
         self.stream = stream = _Stream(split, tokenizer, sentences=False)
         T, size = self.seq_len, stream.size
-        self.tokens_per_example = T * stream.share_of_tokens
         if size < (T if self.training else 1):
             raise self._too_short(stream)
         if self.training:
@@ -292,7 +286,6 @@ class Lanes(_Layout):
             raise UserError(f"data.lanes.block_windows={windows} must be at least 1")
         self.stream = stream = _Stream(split, tokenizer, sentences=True)
         T, size = self.seq_len, stream.size
-        self.tokens_per_example = T * stream.share_of_tokens
         if size < (T if self.training else 1):
             raise self._too_short(stream)
         if self.training:
@@ -395,7 +388,6 @@ class Pairs(_Layout):
         )
         counts = json.loads((plan / "plan.json").read_text("utf-8"))["counts"]
         self.examples_per_epoch = counts["examples"]
-        self.tokens_per_example = counts["tokens"] / counts["examples"]
         if self.training:
             self.order = _Epochs(self.examples_per_epoch, self.seed, "pairs")
         else:

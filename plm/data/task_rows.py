@@ -424,14 +424,14 @@ class TaskRows:
         self.steps = self.steps_per_epoch = sum(batches)
         self.examples_per_epoch = self.steps_per_epoch * batch_size
         rows = (items[:, None] * self.rows_per_item + np.arange(self.rows_per_item)).ravel()
-        self.tokens_per_example = float(split.lengths[rows].sum() / self.examples_per_epoch)
+        self.batches_by_width = dict(zip(self.widths, batches, strict=True))
         self.report = {
             "examples": len(np.unique(self.arrays["item_example"][items])),
             "items": len(items),
             "rows": len(rows),
             "cut_rows": split.n_cut,
             "filled_up_rows": self.examples_per_epoch - len(rows),
-            "batches": {str(width): n for width, n in zip(self.widths, batches, strict=True)},
+            "batches": {str(width): n for width, n in self.batches_by_width.items()},
         }
 
     def _shuffle_labels(self) -> None:

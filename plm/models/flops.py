@@ -11,15 +11,17 @@ ON_EVERY_POSITION = ("tag", "span")
 NO_PRODUCTS = ("table", "bias", "scale", "weights", "gamma", "transitions", "first", "last")
 
 
-def forward_flops(graph: ModelGraph, config, vocabulary_size: int, predictions: float, *, heads_only=False) -> float:
-    """Operations of one row of `seq_len` tokens, forward, a multiply-add counted as two.
+def forward_flops(
+    graph: ModelGraph, config, vocabulary_size: int, predictions: float, *, seq_len: int = 0, heads_only=False
+) -> float:
+    """Operations of one row of `seq_len` tokens (0: of the config's), forward, a multiply-add counted as two.
 
     Every kernel: 2 x its size for each token that it is applied to (a convolution: each of its positions). Attention:
     4 x seq_len x width for each token and layer, causal or not. Output: 2 x vocabulary x width for each predicted
     position; `predictions` is their number in a row and direction. Gathers, norms, mixes and activations: not counted.
     heads_only: without embedding and body.
     """
-    model, T = config.model, config.seq_len
+    model, T = config.model, seq_len or config.seq_len
     towers = 2 if model.direction == "both" else 1
     total = 0.0
     for parameter in graph.parameters:
@@ -44,22 +46,24 @@ def forward_flops(graph: ModelGraph, config, vocabulary_size: int, predictions: 
     return total + 2.0 * vocabulary_size * model.width * predictions * towers * vocabulary_heads
 
 
-def train_flops(graph: ModelGraph, config, vocabulary_size: int) -> float | None:
+def train_flops(graph: ModelGraph, config, vocabulary_size: int, seq_len: int = 0) -> float | None:
     """Operations of one training step: three times the forward pass (each product has two in the backward pass), once
     for what lies below the heads where none of that trains.
 
-    None for a model from outside, whose formula is not known here. The sampled softmax counts its samples.
+    seq_len: of its rows, 0: the config's. None for a model from outside, whose formula is not known here. The sampled
+    softmax counts its samples.
     """
     if config.model.name != "language_model":
         return None
-    predictions, size = float(config.seq_len), vocabulary_size
+    T = seq_len or config.seq_len
+    predictions, size = float(T), vocabulary_size
     if "masked" in config.objectives:
         masked = config.objectives.masked
-        predictions = min(masked.rate * config.seq_len, masked.max_predictions)
+        predictions = min(masked.rate * T, masked.max_predictions)
     if "bidirectional" in config.objectives:
         size = config.objectives.bidirectional.samples or vocabulary_size
-    whole = forward_flops(graph, config, size, predictions)
-    heads = forward_flops(graph, config, size, predictions, heads_only=True)
+    whole = forward_flops(graph, config, size, predictions, seq_len=T)
+    heads = forward_flops(graph, config, size, predictions, seq_len=T, heads_only=True)
     return config.batch_size * ((1.0 if _only_heads_train(graph, config) else 3.0) * (whole - heads) + 3.0 * heads)
 
 

@@ -53,9 +53,11 @@ class Best:
         return {"name": self.name, "step": self.step, "value": self.value}
 
 
-def make_best(config, metrics: Sequence[str], *, evaluated: bool) -> Best | None:
-    """What the config asks for, None for nothing. metrics: of the task, the one that selects first; evaluated: whether
-    there is held-out text.
+def make_best(config, losses: Sequence[str], metrics: Sequence[str], *, evaluated: bool) -> Best | None:
+    """What the config asks for, None for nothing.
+
+    losses, metrics: the numbers of an evaluation of which less, and of which more is better; of metrics the one that
+    selects comes first. evaluated: whether there is held-out text.
 
     Errors: UserError for a number that no evaluation has, for patience without one, and without held-out text.
     """
@@ -66,11 +68,10 @@ def make_best(config, metrics: Sequence[str], *, evaluated: bool) -> Best | None
                 f"eval.patience={patience} needs checkpoint.keep_best, which says what has to become better"
             )
         return None
-    losses = ["loss", *config.objectives, *(f"{objective}_perplexity" for objective in config.objectives)]
+    if not evaluated:
+        raise UserError(f"checkpoint.keep_best={name!r} needs held-out text, and nothing is held out")
     known = [*losses, *metrics, *([SELECTS] if metrics else [])]
     if name not in known:
         raise UserError(f"checkpoint.keep_best={name!r} is no held-out number of this run: {', '.join(known)}")
-    if not evaluated:
-        raise UserError(f"checkpoint.keep_best={name!r} needs held-out text, and nothing is held out")
     name = metrics[0] if name == SELECTS else name
     return Best(name, name in losses, patience)

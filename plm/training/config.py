@@ -678,6 +678,16 @@ def _check_task_objective(config: ConfigDict, name: str, settings: ConfigDict) -
             f"batch_size={config.batch_size} must be divisible by microbatches={config.microbatches} x the {together}"
             f" rows that {key} has for an example: they stay together"
         )
+    if config.eval.batch_size % together:
+        raise UserError(
+            f"eval.batch_size={config.eval.batch_size} must be divisible by the {together} rows that {key} has for an"
+            " example: they stay together"
+        )
+    if settings.mix_norm and config.microbatches > 1:
+        raise UserError(
+            f"{key}.mix_norm normalises over the rows of a microbatch, so microbatches={config.microbatches} would"
+            " change what is learned: 1 is right"
+        )
 
 
 def rows_per_example(config: ConfigDict) -> int:
@@ -1043,7 +1053,9 @@ def resolve(config: ConfigDict, *, examples_per_epoch: float | None = None, plat
             f"optimizer.schedule_steps={optimizer.schedule_steps} is less than the run's {config.total_steps} steps"
         )
     if optimizer.warmup_fraction:
-        optimizer.warmup_steps = round(optimizer.warmup_fraction * optimizer.schedule_steps)
+        # Rounded first: 0.1 x 30 is 3. Google's code cuts; OpenAI's compares parts, so its first update has rate 0.
+        warmup = round(optimizer.warmup_fraction * optimizer.schedule_steps, 6)
+        optimizer.warmup_steps = math.ceil(warmup) if optimizer.schedule == "openai_linear" else math.floor(warmup)
         optimizer.warmup_fraction = 0.0
     if platform is not None and config.precision.compute == "auto":
         config.precision.compute = "float32" if platform == "cpu" else "bfloat16"

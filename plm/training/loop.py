@@ -63,18 +63,20 @@ class Evaluator:
         batches = self.batches
         self.fresh, _ = fresh_carry(self.graph, batches.batch_size, self.carried, batches.row_sharding)
 
-    def __call__(self, params, progress=None) -> dict[str, float]:
+    def __call__(self, params, stops: Callable[[], bool] | None = None) -> dict[str, float] | None:
         """{eval/name: value}: weighted means of every name, loss, perplexities of next-token losses, a task's metrics;
-        and {eval/name_targets: how many things were averaged}. `metrics.held_out` reads it."""
-        sums, predictions = self.run(params)
+        and {eval/name_targets: how many things were averaged}. `metrics.held_out` reads it. stops: see `run`."""
+        found = self.run(params, stops)
+        if found is None:
+            return None
+        sums, predictions = found
         means = {name: total / weight for name, (total, weight) in sums.items() if weight > 0}
         values = {f"eval/{name}": value for name, value in means.items()}
         values |= {f"eval/{name}{metrics.TARGETS}": float(sums[name][1]) for name in means}
         values["eval/loss"] = sum(factor * means[name] for name, factor in self.coefficients.items())
-        for name in self.coefficients:
-            if name.split("_")[0] not in configs.TASK_OBJECTIVES:
-                values[f"eval/{name}{metrics.PERPLEXITY}"] = math.exp(min(means[name], 700.0))
-        if self.task is not None and self.steps == self.batches.layout.steps:
+        for name in self._next_token_losses:
+            values[f"eval/{name}{metrics.PERPLEXITY}"] = math.exp(min(means[name], 700.0))
+        if self.metrics:
             for name, value in task_results.measure(self.task, predictions).items():
                 values |= {f"eval/{name}": value, f"eval/{name}{metrics.TARGETS}": float(len(self.task.examples))}
         return values
@@ -83,8 +85,28 @@ class Evaluator:
     def mesh(self) -> jax.sharding.Mesh:
         return self.batches.replicated.mesh
 
-    def run(self, params) -> tuple[dict[str, np.ndarray], dict[str, dict[int, np.ndarray]]]:
-        """({name: float64 (sum, weight)}, {objective: {item: what it predicts}}) of the whole pass."""
+    @property
+    def _next_token_losses(self) -> list[str]:
+        return [name for name in self.coefficients if name.split("_")[0] not in configs.TASK_OBJECTIVES]
+
+    @property
+    def losses(self) -> list[str]:
+        """Names, without "eval/", of what an evaluation gives and of which less is better."""
+        return ["loss", *self.coefficients, *(f"{name}{metrics.PERPLEXITY}" for name in self._next_token_losses)]
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The task's, the one that selects first: of a whole pass only."""
+        whole = self.task is not None and self.steps == self.batches.layout.steps
+        return tuple(self.task.task.task.metrics) if whole else ()
+
+    def run(
+        self, params, stops: Callable[[], bool] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, dict[int, np.ndarray]]] | None:
+        """({name: float64 (sum, weight)}, {objective: {item: what it predicts}}) of the whole pass.
+
+        stops: asked before each batch; None is returned once it says so.
+        """
         sums: dict[str, np.ndarray] = {}
         predictions: dict[str, dict[int, np.ndarray]] = {}
         carry = self.fresh(params)
@@ -99,6 +121,8 @@ class Evaluator:
                 predictions.setdefault(name, {}).update((item, array) for item, array in own if item >= 0)
 
         for step, batch in enumerate(self.batches.iterate(0, self.steps)):
+            if stops is not None and stops():
+                return None
             result, predicted, carry = self.step(params, carry, batch)
             if pending is not None:
                 add(*pending)
@@ -165,8 +189,8 @@ def train(config, workdir: epath.PathLike) -> dict[str, float]:
                 "no document is held out, so nothing will be evaluated: give data.valid_source, more documents or"
                 f" a larger data.valid_fraction than {config.data.valid_fraction:g}"
             )
-        selecting = corpus.task.task.metrics if corpus.task else ()
-        best = make_best(config, selecting, evaluated=evaluator is not None)
+        named = (evaluator.losses, evaluator.metrics) if evaluator else ((), ())
+        best = make_best(config, *named, evaluated=evaluator is not None)
         lines = metrics.read_metrics(workdir) if best else []
         with checkpoint.Checkpoints(
             workdir / checkpoint.FOLDER,
@@ -238,6 +262,11 @@ def _run(
                 f" last of them step {step}: lower optimizer.peak_lr={config.optimizer.peak_lr:g} or warm up longer"
             )
 
+    def leave(step: int) -> None:
+        saved.wait()
+        record.interrupted(step)
+        raise Preempted(step)
+
     for step in range(start, total + 1):
         stops = step < total and notice.stops_here()
         due = evaluator is not None and _due(step, config.eval.every_steps, total)
@@ -246,13 +275,14 @@ def _run(
             report(line=True)
             saved.save(state, step, force=True)
         if stops:
-            saved.wait()
-            record.interrupted(step)
-            raise Preempted(step)
+            leave(step)
         if due and (step > start or (step > 0 and not record.has_evaluated)):
             report()
             began = time.perf_counter()
-            values = evaluator(state.params)
+            values = evaluator(state.params, notice.stops_here)
+            if values is None:  # the run that goes on from here evaluates first
+                saved.save(state, step, force=True)
+                leave(step)
             record.evaluation(step, values, time.perf_counter() - began)
             if best and best.add(step, values):
                 saved.keep_best(step)

@@ -80,14 +80,17 @@ class Record:
         config, tokenizer = self.config, corpus.tokenizer
         if self.enabled:
             tokenizer.save(self.workdir / TOKENIZER)
-            metrics.write_atomically(self.workdir / CONFIG, configs.to_json(config))
         device = jax.devices()[0]
-        self.start, self.tokens_per_step = start, config.batch_size * config.seq_len
+        self.start, self.device_kind = start, device.device_kind
         self.examples_per_epoch = batches.layout.examples_per_epoch
-        self.flops, self.device_kind = train_flops(graph, config, tokenizer.size), device.device_kind
+        # Batches of a task are as long as their rows want.
+        widths = getattr(batches.layout, "batches_by_width", None) or {config.seq_len: 1}
+        shares = {width: n / sum(widths.values()) for width, n in widths.items()}
+        self.tokens_per_step = round(config.batch_size * sum(width * share for width, share in shares.items()))
+        flops = {width: train_flops(graph, config, tokenizer.size, width) for width in widths}
+        self.flops = None if None in flops.values() else sum(flops[width] * share for width, share in shares.items())
         self.text, self.held_out = corpus.meta["train"], corpus.meta["valid_source"]
         self.task = None if corpus.task is None else corpus.task.name
-        self.share = batches.layout.tokens_per_example / config.seq_len
         lines = metrics.read_metrics(self.workdir)
         self.seconds_before = max((line.get("seconds", 0.0) for line in lines if line["step"] <= start), default=0.0)
         # A run that was killed between saving a step and evaluating it does the latter when it resumes.
@@ -137,6 +140,8 @@ class Record:
             flops_per_step=self.flops,
             **({"starts_from": starts_from} if starts_from else {}),
         )
+        if self.enabled:
+            metrics.write_atomically(self.workdir / CONFIG, configs.to_json(config))
         parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         self.say(
             f"{self.run.facts['architecture']} x {' + '.join(config.objectives)}: {total:,} parameters ({parts})\n"
@@ -200,8 +205,10 @@ class Record:
         self._paused += seconds
 
     def evaluation(self, step: int, values: Mapping[str, float], seconds: float) -> None:
-        """Writes held-out numbers, as a line of metrics.jsonl and as rows of results.jsonl."""
+        """Writes held-out numbers, as rows of results.jsonl and as a line of metrics.jsonl: the line last, by which a
+        run that was killed on the way knows that it has evaluated."""
         self.pause(seconds)
+        self._append_results(step, values)
         self._metrics.add(step, {**values, "eval/seconds": seconds, "seconds": self._seconds()})
         shown = ", ".join(
             f"{name} {value:.4f}"
@@ -209,6 +216,10 @@ class Record:
             if not name.endswith(metrics.PERPLEXITY)
         )
         self._progress.message(f"step {step}: held-out {shown}")
+        if self.enabled:
+            self._update(step)
+
+    def _append_results(self, step: int, values: Mapping[str, float]) -> None:
         if not self.enabled:
             return
         prefix = "" if self.task is None else f"{self.task}/"
@@ -228,7 +239,6 @@ class Record:
                 for name, n, value in metrics.held_out(values)
             ],
         )
-        self._update(step)
 
     def _update(self, step: int) -> None:
         before = self.run.facts.get("peak_memory", {})

@@ -118,6 +118,16 @@ FORMATS = {
         },
         {"dev": Example("1", ("p", "h"), label=1)},
     ),
+    "SNLI of GLUE, whose rows have the labels of all annotators": (
+        "snli",
+        {
+            "train.tsv": "index\tpairID\tsentence1\tsentence2\tlabel1\tgold_label\n"
+            "0\ta\tp\th\tneutral\tneutral\tcontradiction\tneutral\tcontradiction\tcontradiction\n"
+            "1\tb\tp\tg\tneutral\tentailment\n",
+            "dev.tsv": "sentence1\tsentence2\tgold_label\np\th\tneutral\n",
+        },
+        {"train": Example("a", ("p", "h"), label=2), "dev": Example("0", ("p", "h"), label=1)},
+    ),
     "DREAM": (
         "dream",
         {"dev.json.xz": DREAM},
@@ -236,6 +246,29 @@ def test_published_formats(tmp_path, name):
     for split, example in expected.items():
         assert data.examples(split)[0] == example
         assert str(tmp_path) in data.examples(split)[0].where
+
+
+def test_damaged_rows_of_qqp_are_left_out_and_counted(tmp_path, capsys):
+    header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+    rows = "7\t1\t2\tWhy?\tHow?\t0\n8\t1\t2\n9\t1\t2\tWhy?\t \t0\n10\t1\t2\tWhy?\tWhy so?\n11\t1\t2\tWho?\tWhom?\t1\n"
+    write(tmp_path, {"train.tsv": header + rows, "dev.tsv": header + "1\t1\t2\ta\tb\t1\n"})
+    data = tasks.load("qqp", files=str(tmp_path))
+    assert data.examples("train") == (
+        Example("7", ("Why?", "How?"), label=0),
+        Example("11", ("Who?", "Whom?"), label=1),
+    )
+    data.examples("dev")
+    assert data.damaged == {"train": 3, "dev": 0}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("task 'qqp': 3 of the rows of train left out")
+    assert f"{tmp_path}/train.tsv, line 3" in line
+    # A column that no row has, and rows that are too long, are still wrong.
+    write(tmp_path, {"train.tsv": header.replace("question2", "q2") + rows})
+    with pytest.raises(UserError, match="line 2: no column 'question2'"):
+        tasks.load("qqp", files=str(tmp_path)).examples("train")
+    write(tmp_path, {"train.tsv": header + "7\t1\t2\tWhy?\tHow?\t0\t0\n"})
+    with pytest.raises(UserError, match="line 2: 7 columns, and line 1 has 6"):
+        tasks.load("qqp", files=str(tmp_path)).examples("train")
 
 
 def test_names_and_settings_alone_make_a_task(tmp_path):
@@ -378,6 +411,11 @@ BAD = {  # what is wrong: (task, files, split, message with {f} for the folder)
     ),
     "unlabelled dev": ("wic", {"dev.data.txt": "x\tN\t0-0\tx y\tx\n"}, r"dev.data.txt, line 1: no column 'label'"),
     "damaged archive": ("sst2", {"train.tsv.zz": ""}, r"no file of it in '{f}'; for example train.tsv would be right"),
+    "more columns than the header, and none that is repeated": (
+        "snli",
+        {"train.tsv": "sentence1\tsentence2\tgold_label\np\th\tneutral\tneutral\n"},
+        r"{f}/train.tsv, line 2: 4 columns, and line 1 has 3",
+    ),
     "no folder": ("sst2,files={f}/nowhere", {}, r"'{f}/nowhere' is no folder"),
     "unknown task": ("sst-2", {}, r"task 'sst-2' is not known: custom, or one of sst2, "),
     "unknown setting": ("sst2,text=a", {}, r"task 'sst2' takes files=..., not text=..."),
@@ -576,8 +614,11 @@ def test_tensorflow_datasets_by_the_names_that_users_have(tmp_path):
         pos = prepare("pos", "universal_dependencies/en_ewt", {{
             "dev": [{{"idx": "s1", "text": "", "tokens": ["don't", "do", "n't"], "upos": ["_", "AUX", "PART"],
                      **{{k: ["_"] * 3 for k in ("deprel", "deps", "feats", "head", "lemmas", "misc", "xpos")}}}}]}})
+        stsb = prepare("stsb", "glue/stsb", {{
+            "validation": [{{"idx": 0, "sentence1": "a", "sentence2": "b", "label": 2.5}}],
+            "test": [{{"idx": 0, "sentence1": "c", "sentence2": "d", "label": -1.0}}]}})
         found = {{}}
-        for name, files in (("sst2", sst2), ("squad_v2", squad), ("ud_ewt", pos)):
+        for name, files in (("sst2", sst2), ("squad_v2", squad), ("ud_ewt", pos), ("stsb", stsb)):
             data = tasks.load(name, files="tfds:" + files)
             rows = lambda split: [[e.id, e.texts, e.words, [a.text for a in e.answers], e.label]
                                   for e in data.examples(split)]
@@ -603,6 +644,10 @@ def test_tensorflow_datasets_by_the_names_that_users_have(tmp_path):
         ["dev", [["q", ["Who?", "Anna saw."], [], ["Anna"], None], ["r", ["When?", "Anna saw."], [], [], None]]]
     ]
     assert found["ud_ewt"] == [["dev", [["s1", [], ["do", "n't"], [], [3, 9]]]]]
+    assert found["stsb"] == [
+        ["dev", [["0", ["a", "b"], [], [], 2.5]]],
+        ["test", [["0", ["c", "d"], [], [], None]]],
+    ], "scores of -1 are none"
     assert found["custom"] == [["negative", "positive"], 1]
 
 

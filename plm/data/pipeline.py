@@ -341,6 +341,7 @@ def open_task(
         "train": train.counts(),
         "valid": valid.counts(),
         "replaced_utf8": 0,
+        "damaged_rows": sum(task.damaged.values()),
     }
     return Corpus(tokenizer, train, valid, meta, task)
 

@@ -79,11 +79,12 @@ def _json(path: str, text: str, first_line: int = 1):
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
-def read_table(path: str, named: Sequence[str] = ()) -> Iterator[Record]:
+def read_table(path: str, named: Sequence[str] = (), *, filled: bool = False, repeated: str = "") -> Iterator[Record]:
     """Rows of a .tsv, .csv or .jsonl file.
 
     named: columns of which each is `name`, `name|number` or `number`. The first line is a header unless all of them
-    have a number and a name of theirs is missing there: then columns are numbers.
+    have a number and a name of theirs is missing there: then columns are numbers. filled: columns that a shorter row
+    does not have are None. repeated: a column of which longer rows have several; the first one counts.
     Errors: a row with another number of columns than the first line; a line that is no JSON object.
     """
     end, text = suffix(path), read_text(path)
@@ -112,9 +113,13 @@ def read_table(path: str, named: Sequence[str] = ()) -> Iterator[Record]:
                 twice = next(name for name in header if header.count(name) > 1)
                 raise UserError(f"{where}: column {twice!r} is there more than once")
             continue
-        if len(row) != len(header):
+        if len(row) > len(header) and repeated in header:
+            behind = len(header) - header.index(repeated) - 1
+            row = [*row[: len(header) - behind], *row[len(row) - behind :]]
+        missing = len(header) - len(row)
+        if missing and not (filled and missing > 0):
             raise UserError(f"{where}: {_columns(len(row))}, and line {first} has {len(header)}")
-        yield Record(where, dict(zip(header, row, strict=True)))
+        yield Record(where, dict(zip(header, [*row, *[None] * missing], strict=True)))
 
 
 def _tsv_rows(text: str) -> Iterator[tuple[int, list[str]]]:

@@ -26,11 +26,24 @@ import dataclasses
 import functools
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from plm.data import docstrings, sources, task_files
-from plm.data.examples import KINDS, Example, Layout, Task, fraction, halves, has_gold, label_of, make_example, shown
+from plm.data.examples import (
+    KINDS,
+    Example,
+    Layout,
+    Task,
+    fraction,
+    halves,
+    has_gold,
+    is_damaged,
+    label_of,
+    make_example,
+    shown,
+)
 from plm.data.task_files import Record
 from plm.errors import UserError
 from plm.randomness import stable_hash
@@ -65,13 +78,13 @@ def _glue(name: str, kind: str, text: tuple[str, ...], **options) -> Task:
     options = {"labels": _BINARY, "metrics": ("accuracy",), "label": "label", "files": _GLUE_FILES} | options
     files, label = options.pop("files"), options.pop("label")
     tfds_text, tfds_splits = options.pop("tfds_text", text), options.pop("tfds_splits", _TFDS)
-    dataset = options.pop("dataset", f"glue/{name}")
+    dataset, skip_damaged = options.pop("dataset", f"glue/{name}"), options.pop("skip_damaged", False)
     return Task(
         name,
         kind,
         layouts=(
-            Layout(files, text, label, id="index|id|pairID|"),
-            Layout(tfds_splits, tfds_text, reader="tfds", id="idx", dataset=dataset),
+            Layout(files, text, label, id="index|id|pairID|", skip_damaged=skip_damaged),
+            Layout(tfds_splits, tfds_text, reader="tfds", id="idx", dataset=dataset, skip_damaged=skip_damaged),
         ),
         submission="glue",
         **options,
@@ -135,7 +148,9 @@ TASKS: dict[str, Task] = {
               tfds_text=("sentence",)),
         _glue("mrpc", "pair", ("#1 String|sentence1", "#2 String|sentence2"), label="Quality|label",
               metrics=("f1_positive", "accuracy"), tfds_text=("sentence1", "sentence2")),
-        _glue("qqp", "pair", ("question1", "question2"), label="is_duplicate", metrics=("f1_positive", "accuracy")),
+        # Published with a few rows of train cut short, and with questions that are empty.
+        _glue("qqp", "pair", ("question1", "question2"), label="is_duplicate", metrics=("f1_positive", "accuracy"),
+              skip_damaged=True),
         _glue("mnli", "pair", ("sentence1", "sentence2"), label="gold_label|label", labels=_NLI, files=_MNLI_FILES,
               tfds_text=("premise", "hypothesis"), tfds_splits=_MATCHED),
         _glue("mnli_mismatched", "pair", ("sentence1", "sentence2"), label="gold_label|label", labels=_NLI,
@@ -148,8 +163,9 @@ TASKS: dict[str, Task] = {
               metrics=("spearman", "pearson"), tfds_text=("sentence1", "sentence2"),
               files={split: f"{split}.tsv|{split}.csv" for split in ("train", "dev", "test")}),
         Task("snli", "pair", ("accuracy",), (
+            # In GLUE's train.tsv a row has a label of each of its annotators, the header that of one.
             Layout({split: f"snli_1.0_{split}.jsonl|{split}.jsonl|{split}.tsv" for split in ("train", "dev", "test")},
-                   ("sentence1", "sentence2"), "gold_label", id="pairID|"),
+                   ("sentence1", "sentence2"), "gold_label", id="pairID|", repeated="label1"),
             Layout(_TFDS, ("premise", "hypothesis"), reader="tfds", dataset="snli"),
         ), _NLI, skip=("-", "-1")),
         Task("scitail", "pair", ("accuracy",), (
@@ -314,7 +330,9 @@ def _list(settings: Mapping[str, str], key: str) -> tuple[str, ...]:
 
 _CLASSLESS = ("similarity", "choice", "span")
 READERS: dict[str, Callable[[str, Layout], Iterator[Record]]] = {
-    "table": lambda path, layout: task_files.read_table(path, _named(layout)),
+    "table": lambda path, layout: task_files.read_table(
+        path, _named(layout), filled=layout.skip_damaged, repeated=layout.repeated
+    ),
     "conll": lambda path, layout: task_files.read_conll(path, layout.label),
     "squad": lambda path, layout: task_files.read_squad(path),
     "dream": lambda path, layout: task_files.read_dream(path),
@@ -339,7 +357,8 @@ def _named(layout: Layout) -> tuple[str, ...]:
 class TaskData:
     """A task and where it is read from; splits are read when they are asked for, whole, and kept.
 
-    splits: names in the order train, dev, test, of those there are. labels: the classes, () without.
+    splits: names in the order train, dev, test, of those there are. labels: the classes, () without. damaged: of the
+    files read so far, how many rows were left out (`Layout.skip_damaged`).
     """
 
     def __init__(self, task: Task, files: str = ""):
@@ -349,6 +368,7 @@ class TaskData:
         if "train" in self._places and "dev" not in self._places:
             self.splits = ("train", "dev", *self.splits[1:])
         self._read: dict[str, tuple[Example, ...]] = {}
+        self.damaged: dict[str, int] = {}
 
     @property
     def name(self) -> str:
@@ -442,8 +462,11 @@ class TaskData:
 
     def _examples(self, split: str) -> tuple[Example, ...]:
         numbers = {label: number for number, label in enumerate(self.labels)}
-        examples, ids = [], {}
+        examples, ids, damaged = [], {}, []
         for row, record in enumerate(self._records(split)):
+            if self.layout.skip_damaged and is_damaged(record, self.layout):
+                damaged.append(record.where)
+                continue
             example = make_example(self.task, self.layout, record, row, split, numbers)
             if example is None:
                 continue
@@ -452,6 +475,14 @@ class TaskData:
             ids[example.id] = record.where
             examples.append(example)
         self._check(split, examples)
+        self.damaged[split] = len(damaged)
+        if damaged:
+            print(
+                f"task {self.name!r}: {len(damaged):,} of the rows of {split} left out, which lack columns or have an"
+                f" empty text (the first: {damaged[0]})",
+                file=sys.stderr,
+                flush=True,
+            )
         return tuple(examples)
 
     def _check(self, split: str, examples: Sequence[Example]) -> None:

@@ -55,7 +55,7 @@ from plm.training.sharding import paths_and_leaves
 
 EVALUATIONS, SAMPLES, SENSES = "evaluations.json", "samples.json", "senses.json"
 TABLES = "evaluations"  # the folder of what suites show
-VERSION = 1  # raise it whenever the same settings would choose other sentences or count otherwise
+VERSION = 1  # raise it whenever all suites would choose other sentences or count otherwise; `Suite.version` is of one
 READ_CHARACTERS = 1 << 28  # of training and of held-out text, at most, that pairs and samples are chosen from
 READ_BYTES = 1 << 26  # of pretraining text, at most, that a run on a task looks through for its own examples: seconds
 NGRAM_TOKENS = 100_000_000  # n-gram tables take about 200 bytes a token
@@ -549,6 +549,7 @@ class Suite:
 
     settings: a mapping or a dataclass, a part of what makes rows the same. of_corpus: reads the text that the run was
     trained on. fingerprint: of what else a suite reads. headline: a regex of the metrics shown over checkpoints.
+    version: raise it whenever the same settings would give other rows.
     """
 
     function: Callable[..., Outcome]
@@ -557,6 +558,7 @@ class Suite:
     of_corpus: bool = True
     fingerprint: Callable[[Run], str] | None = None
     headline: str = ".*"
+    version: int = VERSION
 
 
 SUITES: dict[str, Suite] = {
@@ -574,7 +576,12 @@ SUITES: dict[str, Suite] = {
     ),
     "zero_shot": Suite(evaluate_zero_shot, {}, of_tasks=True, of_corpus=False),
     "probes": Suite(
-        evaluate_probes, probes.Settings(), of_tasks=True, of_corpus=False, headline=r".*/trained/(last|mean)/.*"
+        evaluate_probes,
+        probes.Settings(),
+        of_tasks=True,
+        of_corpus=False,
+        headline=r".*/trained/(last|mean)/.*",
+        version=2,  # 1: the learning rate was 0 before the last epoch ended
     ),
     "task": Suite(evaluate_task, {}, of_corpus=False),
     "word_sense": Suite(
@@ -697,7 +704,7 @@ def _stamp(run: Run, suite: Suite, data: TaskData | None) -> dict:
     """What rows of a suite depend on beside the checkpoint; comes back from JSON as it was."""
     settings = suite.settings
     settings = dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else dict(settings)
-    stamp: dict[str, Any] = {"version": VERSION}
+    stamp: dict[str, Any] = {"version": suite.version}
     if suite.of_corpus:
         stamp |= {"corpus": run.corpus.meta["fingerprint"], "settings": settings, "eval": run.config.eval.to_dict()}
     else:

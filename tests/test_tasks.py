@@ -302,6 +302,16 @@ def test_names_and_settings_alone_make_a_task(tmp_path):
     assert example.answers == (Answer("Anna", 0),)
 
 
+@pytest.mark.parametrize("name", ["dev", "validation", "valid", "val"])
+def test_dev_may_have_any_of_its_names(tmp_path, name):
+    rows = "text\tlabel\na\tyes\nb\tno\n"
+    write(tmp_path, {"train.tsv": rows, f"{name}.tsv": rows.replace("a\t", "of dev\t")})
+    for files in (tmp_path, f"{tmp_path}/{{split}}.tsv"):
+        data = tasks.load(f"custom,files={files},text=text")
+        assert [len(data.examples(split)) for split in data.splits] == [2, 2]
+        assert data.examples("dev")[0].texts == ("of dev",)
+
+
 def test_equal_data_has_equal_fingerprints_wherever_it_lies(tmp_path):
     rows = "sentence\tlabel\na\t1\nb\t0\n"
     first = tasks.load("sst2", files=str(write(tmp_path / "a", {"train.tsv": rows, "dev.tsv": rows})))
@@ -366,6 +376,26 @@ BAD = {  # what is wrong: (task, files, split, message with {f} for the folder)
         "wnut17",
         {"train.conll": "a\tO\nb\tB-city\n"},
         r"train.conll, line 1: tag 'B-city' of word 'b' is none of 'O', 'B-corp",
+    ),
+    "tag's column by a name, and the columns have none": (
+        "custom,kind=tagging,label=tag",
+        {"train.conll": "a\tO\n"},
+        r"{f}/train.conll: the tag's column is 'tag'; its number is right \(0 the first, -1 the last\)",
+    ),
+    "a name of CoNLL-U's in another file": (
+        "custom,kind=tagging,label=upos",
+        {"train.conll": "a\tx\ty\tO\n"},
+        r"{f}/train.conll: the tag's column is 'upos'; its number is right.* in a .conllu file \(id, form, ",
+    ),
+    "RACE's answer is no letter": (
+        "race_high",
+        {"dev/high/7.txt": {"article": "A.", "questions": ["?"], "options": [["a", "b"]], "answers": ["AB"]}},
+        r"{f}/dev/high/7.txt, question 0: the answer is 'AB'; one letter from A to D is right",
+    ),
+    "RACE's answer is a number": (
+        "race_high",
+        {"dev/high/7.txt": {"article": "A.", "questions": ["?"], "options": [["a", "b"]], "answers": [1]}},
+        r"{f}/dev/high/7.txt, question 0: the answer is 1; one letter",
     ),
     "short CoNLL-U line": ("ud_ewt", {"en_ewt-ud-train.conllu": "1\ta\ta\tX\n"}, r"line 1: 4 columns; CoNLL-U has 10"),
     "tags that do not align": (

@@ -49,6 +49,12 @@ from plm.errors import UserError
 from plm.randomness import stable_hash
 
 DEV_FRACTION = 0.1  # of train, where a task has no dev
+DEV_NAMES = (
+    "dev",
+    "validation",
+    "valid",
+    "val",
+)  # what files and splits of a user may call it, the first that is there
 ENOUGH = 20  # examples, from which on one class alone is taken for a wrong column
 
 # ----------------------------------------------------------------------------------------------------------- the table
@@ -246,6 +252,7 @@ SETTINGS = {
     "unanswerable": "yes where questions without an answer are meant (span)",
 }
 _DEFAULT_METRICS = {"similarity": ("spearman", "pearson"), "span": ("f1", "exact_match")}
+_NAMES = {"train": ("train",), "dev": DEV_NAMES, "test": ("test",)}
 _FOLDERS = {"tagging": "conll", "span": "squad"}  # the readers of a folder of such files
 _NATIVE_TEXT = {"span": ("question", "context"), "choice": _QUESTION, "word": ("sentence1", "sentence2")}
 
@@ -298,9 +305,9 @@ def custom(settings: Mapping[str, str]) -> Task:
     if kind in wanted and len(text) not in wanted[kind]:
         raise UserError(f"task=custom,kind={kind} has {len(text)} text columns; {wanted[kind][0]} are right")
     native = {"conll": "", "squad": "answers"}.get(reader, "answers" if kind == "span" else "label")
-    names = {split: f"{split}.tsv|{split}.csv|{split}.jsonl|{split}.json|{split}.conll" for split in _TFDS}
+    ends = ("",) if dataset else (".tsv", ".csv", ".jsonl", ".json", ".conll")
     layout = Layout(
-        _TFDS if dataset else names,
+        {split: "|".join(name + end for name in own for end in ends) for split, own in _NAMES.items()},
         text,
         settings.get("label", native),
         reader,
@@ -523,10 +530,11 @@ def _open(task: Task, files: str) -> tuple[Layout, dict[str, str]]:
         given = files.removeprefix("tfds:") or catalogued[0].dataset
         layout = dataclasses.replace(catalogued[0], dataset=given)
         have = task_files.tfds_splits(given)
-        found = {split: name for split, name in layout.files.items() if name in have}
+        wanted = {split: [name for name in names.split("|") if name in have] for split, names in layout.files.items()}
+        found = {split: names[0] for split, names in wanted.items() if names}
         if not found:
-            wanted = ", ".join(layout.files.values())
-            raise UserError(f"tfds:{given}: splits {', '.join(have) or 'none'}; {wanted} would be right")
+            right = ", ".join(layout.files.values()).replace("|", " or ")
+            raise UserError(f"tfds:{given}: splits {', '.join(have) or 'none'}; {right} would be right")
         return layout, found
     local = [layout for layout in task.layouts if not layout.dataset]
     named = _explicit(files)
@@ -548,11 +556,9 @@ def _open(task: Task, files: str) -> tuple[Layout, dict[str, str]]:
 def _explicit(files: str) -> dict[str, str] | None:
     """{split: path} of `train=PATH+...`, of a path with {split}, or of one file; None for a folder."""
     if "{split}" in files:
-        found = {}
-        for split, name in (("train", "train"), ("dev", "val"), ("dev", "valid"), ("dev", "dev"), ("test", "test")):
-            path = files.replace("{split}", name)
-            if os.path.exists(path):
-                found[split] = path
+        paths = {split: [files.replace("{split}", name) for name in own] for split, own in _NAMES.items()}
+        there = {split: list(filter(os.path.exists, own)) for split, own in paths.items()}
+        found = {split: own[0] for split, own in there.items() if own}
         if not found:
             raise UserError(f"files={files!r}: no file for train, dev or test is there")
         return found

@@ -397,6 +397,20 @@ def test_python_documentation_is_cleaned_to_prose():
     ]
 
 
+def test_another_sentence_splitter_reads_python_documentation_anew(monkeypatch):
+    def fingerprint() -> str:
+        source = sources.PythonDocumentation()
+        source.files = [("json", json.__file__)]
+        return source.fingerprint
+
+    before = fingerprint()
+    monkeypatch.setattr(sources, "_splitter", lambda: "another one")
+    assert fingerprint() == before, "it is of the sentences"
+    monkeypatch.setattr(sources, "_splitter", lambda: "a third")
+    monkeypatch.setattr(sources, "split_sentences", lambda text: [text])
+    assert fingerprint() != before
+
+
 def test_python_documentation_is_read_without_importing_it():
     source = parse("pydocs")
     assert "this" in dict(source.files)

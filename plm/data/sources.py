@@ -854,7 +854,7 @@ class PythonDocumentation(Source):
     @functools.cached_property
     def fingerprint(self) -> str:
         stats = [(module, os.stat(path).st_size, os.stat(path).st_mtime_ns) for module, path in self.files]
-        key = [VERSION, sys.version, sysconfig.get_path("stdlib"), _digest(stats)]
+        key = [VERSION, _splitter(), sys.version, sysconfig.get_path("stdlib"), _digest(stats)]
         remembered = cache_directory() / "scans" / f"{stable_hash(self.spec, *key, bits=128):032x}.json"
         try:
             record = json.loads(remembered.read_text("utf-8"))

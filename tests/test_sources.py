@@ -185,7 +185,7 @@ def test_files_that_hold_no_text_are_only_digested(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_scan", lambda path: pytest.fail("read as text"))
     source = object.__new__(sources.TensorFlowDataset)
     source.split, source.field, source.info = "train", "text", types.SimpleNamespace(filepaths=[path])
-    assert source.fingerprint == sources._digest("tfds", "train", "text", sources._splitter(), wanted)
+    assert source.fingerprint == sources._digest("tfds", "train", "text", sources.splitter(), wanted)
     monkeypatch.setattr(sources, "_digest_of", lambda path: pytest.fail("read again"))
     assert sources.digest(path) == wanted
 
@@ -404,9 +404,9 @@ def test_another_sentence_splitter_reads_python_documentation_anew(monkeypatch):
         return source.fingerprint
 
     before = fingerprint()
-    monkeypatch.setattr(sources, "_splitter", lambda: "another one")
+    monkeypatch.setattr(sources, "splitter", lambda: "another one")
     assert fingerprint() == before, "it is of the sentences"
-    monkeypatch.setattr(sources, "_splitter", lambda: "a third")
+    monkeypatch.setattr(sources, "splitter", lambda: "a third")
     monkeypatch.setattr(sources, "split_sentences", lambda text: [text])
     assert fingerprint() != before
 

@@ -573,7 +573,7 @@ def test_embedded_tasks_share_no_text_between_splits_and_with_the_corpus_without
         sources.parse("pydocs#without")
 
 
-def test_the_text_of_a_task_is_a_corpus(tmp_path):
+def test_the_text_of_a_task_is_a_corpus(tmp_path, monkeypatch):
     write(
         tmp_path,
         {
@@ -584,6 +584,9 @@ def test_the_text_of_a_task_is_a_corpus(tmp_path):
     source = sources.parse(f"task:sst2,files={tmp_path}")
     assert [d.sentences for d in source.documents()] == [("One.", "Two here."), ("Three.",)]
     assert source.fingerprint == sources.parse(f"task:sst2,files={tmp_path}").fingerprint
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "splitter", lambda: "another one")
+        assert source.fingerprint != sources.parse(f"task:sst2,files={tmp_path}").fingerprint
     mixed = sources.parse(f"task:sst2,files={tmp_path}+0.5*pydocs#without_tasks")
     assert [weight for weight, _ in mixed.terms] == [1.0, 0.5]
 

@@ -263,7 +263,7 @@ def split_sentences(text: str) -> list[str]:
     return [sentence for sentence in found if sentence]
 
 
-def _splitter() -> str:
+def splitter() -> str:
     """What decides the sentences of running text, for fingerprints."""
     return f"sentencex {importlib.metadata.version('sentencex')}"
 
@@ -543,7 +543,7 @@ class Text(Files):
         super().__init__(spec, pattern if self.split else body, invalid_utf8)
 
     def reading(self) -> str:
-        return _splitter() if self.split else "lines"
+        return splitter() if self.split else "lines"
 
     def shard(self, ranges: tuple[Range, ...]) -> Shard:
         return TextShard(ranges, self.split, self.invalid_utf8)
@@ -603,7 +603,7 @@ class JsonLines(Files):
         super().__init__(spec, pattern, invalid_utf8)
 
     def reading(self) -> str:
-        return f"{self.field} {_splitter()}"
+        return f"{self.field} {splitter()}"
 
     def shard(self, ranges: tuple[Range, ...]) -> Shard:
         return JsonLinesShard(ranges, self.field, self.invalid_utf8)
@@ -728,7 +728,7 @@ class TensorFlowDataset(Source):
     @functools.cached_property
     def fingerprint(self) -> str:
         files = sorted(map(str, self.info.filepaths))
-        return _digest("tfds", self.split, self.field, _splitter(), *map(digest, files))
+        return _digest("tfds", self.split, self.field, splitter(), *map(digest, files))
 
     def shards(self) -> list[Shard]:
         size = max(1, self.info.num_bytes)
@@ -854,7 +854,7 @@ class PythonDocumentation(Source):
     @functools.cached_property
     def fingerprint(self) -> str:
         stats = [(module, os.stat(path).st_size, os.stat(path).st_mtime_ns) for module, path in self.files]
-        key = [VERSION, _splitter(), sys.version, sysconfig.get_path("stdlib"), _digest(stats)]
+        key = [VERSION, splitter(), sys.version, sysconfig.get_path("stdlib"), _digest(stats)]
         remembered = cache_directory() / "scans" / f"{stable_hash(self.spec, *key, bits=128):032x}.json"
         try:
             record = json.loads(remembered.read_text("utf-8"))

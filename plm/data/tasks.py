@@ -595,7 +595,10 @@ class TaskText(sources.Source):
     @functools.cached_property
     def fingerprint(self) -> str:
         split = () if self.split == "train" else (self.split,)
-        return f"{stable_hash('task text', sources.VERSION, self.data.fingerprint, *split, bits=128):032x}"
+        # What was trained on task text before this said which splitter read it was read by this one, and stays valid.
+        splitter = () if sources.splitter() == "sentencex 1.0.32" else (sources.splitter(),)
+        key = ("task text", sources.VERSION, self.data.fingerprint, *split, *splitter)
+        return f"{stable_hash(*key, bits=128):032x}"
 
     def shards(self) -> list[sources.Shard]:
         return [TaskTextShard(self.spec, self.spec.partition(":")[2])]

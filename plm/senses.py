@@ -7,7 +7,6 @@ a converted or a foreign folder. DIR gets senses.md, occurrences.csv, senses.jso
 """
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
@@ -30,8 +29,9 @@ def main() -> None:
         projection=values.projection,
         seed=values.seed,
     )
+    folder = senses.make_output(values.output)
     found = senses.analyse(load(values.model), values.word, values.input, settings, static=values.static)
-    senses.write(found, Path(values.output), lambda line: print(line, file=sys.stderr, flush=True))
+    senses.write(found, folder, lambda line: print(line, file=sys.stderr, flush=True))
     print(senses.markdown(found))
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import os
+import re
 import signal
 import time
 
@@ -368,6 +369,10 @@ def test_bad_input_is_one_line(saved, models, tmp_path):
         with pytest.raises(UserError, match=words) as caught:
             call()
         assert "\n" not in str(caught.value)
+    with pytest.MonkeyPatch.context() as patch:  # permissions say nothing to root
+        patch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+        with pytest.raises(UserError, match=f"the folder {re.escape(str(tmp_path))} cannot be written"):
+            vector_file.check_output(str(tmp_path / "new.h5"))
     common = [f"--model={saved / 'bert'}", f"--input={tmp_path / 'nul'}"]
     log = run(tmp_path, *common, f"--output={tmp_path / 'new.h5'}", code=2)
     assert log.startswith("error: ")

@@ -11,7 +11,7 @@ from fixtures import children, corpus
 from fixtures.children import ROOT, RUNS
 
 from plm.analysis import suites, task_suite
-from plm.data import static_vectors
+from plm.data import static_vectors, tasks
 from plm.data.sources import cache_directory
 from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
@@ -229,6 +229,36 @@ def test_what_was_pretrained_on_is_looked_up_where_that_takes_seconds(sources, t
     with monkeypatch.context() as patch:
         patch.setattr(suites, "READ_BYTES", 0)
         assert known("again") == [share], "it is in the cache"
+
+
+def test_a_task_is_measured_anew_when_its_files_or_what_is_known_of_it_changed(sources, task, tmp_path, monkeypatch):
+    files, source = shutil.copytree(task, tmp_path / "task"), shutil.copytree(sources / "pairs", tmp_path / "pairs")
+    loop.train(config_of(source, files, total_steps=1), tmp_path / "run")
+    shutil.rmtree(cache_directory() / "overlaps", ignore_errors=True)
+    monkeypatch.setattr(suites, "READ_BYTES", 0)
+
+    def measured() -> set[str]:
+        run = suites.Run(str(tmp_path / "run"), progress=False)
+        return {row.metric for row in suites.evaluate(run, ["task"], say=lambda line: None)}
+
+    def look_for(folder) -> None:
+        data = tasks.load("custom", files=f"{folder}/{{split}}.jsonl", text="text", label="label")
+        run = suites.Run(str(source), tasks=[data], progress=False)
+        suites.evaluate(run, ["overlap"], say=lambda line: None)
+
+    first = measured()
+    assert "custom/accuracy" in first
+    assert measured() == set()
+    other = shutil.copytree(task, tmp_path / "other")
+    (other / "dev.jsonl").write_text((task / "train.jsonl").read_text())
+    look_for(other)
+    assert measured() == set(), "another task of the same name says nothing of this one"
+    look_for(files)
+    assert measured() == first | {"custom/pretrained_8_grams"}
+    assert measured() == set()
+    lines = (files / "dev.jsonl").read_text().splitlines()
+    (files / "dev.jsonl").write_text("".join(line + "\n" for line in reversed(lines)))
+    assert measured() == first, "other files: nobody has looked for them in the pretraining text"
 
 
 def test_vectors_of_a_file_are_read_once_and_stand_beside_the_model(sources, task, tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ def test_ties_count_half_and_pairs_read_alike_are_ties():
     )
     assert found.credit["forward"].tolist() == [1.0, 0.0, 0.5, 0.5]
     assert found.identical.tolist() == [False, False, False, True]
-    rows, table = minimal_pairs.summary(pairs, {"trained": found})
+    rows, table = minimal_pairs.summary(pairs, {"trained": found}, "made")
     values = {row["metric"]: (row["n"], row["value"]) for row in rows}
     assert values == {
         "trained/forward/x": (3, 0.5),
@@ -51,6 +51,8 @@ def test_ties_count_half_and_pairs_read_alike_are_ties():
         "trained/forward/mean over phenomena": (2, 0.5),
         "trained/identical": (4, 0.25),
     }
+    assert {row["split"] for row in rows} == {"made"}
+    assert table.title.startswith("Minimal pairs, made:")
     assert table.rows == [["x", 3, 0, 0.5], ["y", 1, 1, 0.5], ["all", 4, 1, 0.5]]
 
 
@@ -148,6 +150,6 @@ def test_models_stand_beside_each_other():
         Outcome({"forward": np.array([1.0])}, np.array([False])),
         Outcome({"forward": np.array([0.5])}, np.array([True])),
     )
-    _, table = minimal_pairs.summary(pairs, {"trained": one, "random_init": other})
+    _, table = minimal_pairs.summary(pairs, {"trained": one, "random_init": other}, "made")
     assert table.columns == ["phenomenon", "pairs", "identical", "trained forward", "random_init forward"]
     assert table.rows[0] == ["x", 1, 0, 1.0, 0.5]

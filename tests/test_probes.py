@@ -1,5 +1,9 @@
 """Linear probes find what a layer holds, weigh it in the mix, and agree with scikit-learn's; controls stand beside."""
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixtures import corpus
@@ -61,6 +65,50 @@ def test_what_selects_is_the_best_epoch_and_rate():
         assert probe.selected == float(np.mean(probe.predictions == dev[1]))
     assert found[1].trial[0] == pytest.approx(1e-1)
     assert found[1].trial[1] in (1, 2)
+
+
+def test_batches_that_only_fill_up_a_chunk_are_no_steps():
+    """400 units are two steps an epoch, whether a chunk holds two batches or sixteen."""
+    train, dev = made(400, 0), made(200, 1)
+    settings = Settings(epochs=3, batch=256, chunk=512, learning_rates=(1e-3, 1e-2))
+    exact = fitted(train, dev, dev, settings)
+    filled = fitted(train, dev, dev, dataclasses.replace(settings, chunk=4096))
+    for one, other in zip(exact, filled, strict=True):
+        assert (one.selected, one.trial) == (other.selected, other.trial)
+        assert np.array_equal(one.predictions, other.predictions)
+    assert filled[-1].shares == pytest.approx(exact[-1].shares, abs=1e-6)
+
+
+def test_the_rate_falls_to_nothing_at_the_end_of_the_last_epoch():
+    """The steps of a program against a plain loop, with empty batches among them."""
+    rates, steps = (1e-2, 1e-1), 4
+    train, init = probes._train_program(rates, steps)
+    vectors, labels = made(steps * 8, 0)
+    shape = (steps, 8)
+    params = {"weight": np.zeros((2, 4, 6, 3)), "bias": np.zeros((2, 4, 3)), "mix": np.zeros((2, 3))}
+    params = {name: jnp.asarray(value, jnp.float32) for name, value in params.items()}
+    moments = probes._moments(vectors, 8)
+    x, y, weights = vectors.reshape(3, *shape, 6), labels.reshape(shape), np.ones(shape, np.float32)
+    plain = [(params, init(params), jnp.zeros(()))]
+    for step in range(steps):
+        plain.append(train(plain[-1], moments, x[:, step : step + 1], y[step : step + 1], weights[step : step + 1]))
+    empty = np.zeros((3, 5, 8, 6), np.float32), np.zeros((5, 8), np.int32), np.zeros((5, 8), np.float32)
+    state = plain[0]
+    for half in (slice(0, 2), slice(2, 4)):
+        state = train(
+            state,
+            moments,
+            np.concatenate([x[:, half], empty[0]], axis=1),
+            np.concatenate([y[half], empty[1]]),
+            np.concatenate([weights[half], empty[2]]),
+        )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state, plain[-1])
+    assert float(state[2]) == steps
+    # Adam's first step is the rate itself: a quarter less of it at each later one.
+    first = np.abs(plain[1][0]["bias"]).max(axis=(1, 2))
+    assert first == pytest.approx(rates, rel=1e-3)
+    after = train(state, moments, x[:, :1], y[:1], weights[:1])
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), after[0], state[0])
 
 
 def test_words_take_their_last_piece_or_the_mean_of_both_ends(models):

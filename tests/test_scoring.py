@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 from fixtures.models import one_piece
 
+from plm.data.tokenizers import Tokenizer
+from plm.inference import batches
+
 TEXTS = ["Bakelimo ramose, bali!", "", "Mo zazu ra.", "keli " * 3 + "xyzzy", ["Ra", "mo", "don't"]]
 
 
@@ -61,6 +64,24 @@ def test_a_running_score_is_the_sum_of_log_softmaxes(models, name):
         assert abs(score.total - wanted.sum()) < 1e-4 * n
         assert np.allclose(score.by_word.sum(), score.total)
         assert len(score.by_word) == len(score.tokens.words)
+
+
+def test_open_words_are_spelled_in_their_own_batch_only(models, monkeypatch):
+    model = models["elmo"]
+    texts = [f"unknown{i} other{i}" for i in range(20)]
+    whole = model.score(texts)
+    spelled = []
+    real = Tokenizer.character_rows
+
+    def counted(self, words=None):
+        spelled.extend(words or ())
+        return real(self, words)
+
+    monkeypatch.setattr(Tokenizer, "character_rows", counted)
+    monkeypatch.setitem(batches.BATCH_TOKENS, "cpu", 64)  # five batches
+    again = model.score(texts)
+    assert sorted(spelled) == sorted(word for text in texts for word in text.split())
+    assert [one.total for one in again] == pytest.approx([one.total for one in whole], abs=1e-4)
 
 
 def test_a_pseudo_log_likelihood_masks_one_piece_at_a_time(models):

@@ -1,6 +1,7 @@
 """plm.senses finds every occurrence, clusters what is planted, compares with static vectors and draws what it found."""
 
 import csv
+import gzip
 import json
 
 import numpy as np
@@ -180,7 +181,14 @@ def test_static_vectors_from_files(models, text, tmp_path):
         assert near[0][0] == "ramo"
         assert "never" not in [word for word, _ in near]
     (tmp_path / "bad.txt").write_text("zanu 1 2\nramo x\n")
-    for name, words in (("bad.txt", "no GloVe or word2vec file"), ("none.txt", "no such file")):
+    (tmp_path / "torn.txt.gz").write_bytes(gzip.compress(glove.encode())[:-20])
+    (tmp_path / "plain.txt.gz").write_text(glove)
+    for name, words in (
+        ("bad.txt", "no GloVe or word2vec file"),
+        ("torn.txt.gz", "no GloVe or word2vec file: Compressed file ended"),
+        ("plain.txt.gz", "no GloVe or word2vec file: Not a gzipped file"),
+        ("none.txt", "no such file"),
+    ):
         with pytest.raises(UserError, match=words):
             senses.static_neighbours(models["gpt"], "zanu", counts, Settings(), str(tmp_path / name))
 
@@ -191,6 +199,9 @@ def test_the_command_and_what_it_refuses(models, text, tmp_path):
             senses.find(str(text), word, 5)
     with pytest.raises(UserError, match="most=1"):
         Settings(most=1)
+    with pytest.raises(UserError, match=r"--output=.* can be no folder \(File exists\)"):
+        senses.make_output(str(text))
+    assert senses.make_output(str(tmp_path / "new" / "folder")).is_dir()
     with pytest.raises(UserError, match="at most 4"):
         senses.cluster(np.eye(4, dtype=np.float32), Settings(clusters=9))
     save(models["gpt"], tmp_path / "gpt")

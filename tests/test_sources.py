@@ -1,5 +1,6 @@
 """Every corpus format gives the documents it should, whole, once, in bounded pieces; bad input gives one clear line."""
 
+import codecs
 import gzip
 import json
 import lzma
@@ -9,6 +10,7 @@ import random
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import pytest
@@ -161,6 +163,31 @@ def test_invalid_utf8_is_named_by_offset_or_replaced_and_counted(tmp_path, suffi
     assert sentences(source)[0][-2:] == ["caf\ufffd au lait \ufffd\ufffd", "\ufffd"]
     assert source.replaced == 4
     assert (parse(f"text:{path}+2*text:{path}", invalid_utf8="replace")).replaced == 8
+
+
+def test_invalid_bytes_are_counted_in_one_pass(tmp_path, monkeypatch):
+    """A file that is no text, as a user may name one, takes no longer than text."""
+    decode, calls = codecs.utf_8_decode, []
+    monkeypatch.setattr(codecs, "utf_8_decode", lambda *given: calls.append(given) or decode(*given))
+    # Sequences over the borders of blocks of 65,536 bytes, a U+FFFD that the text has, a byte before one.
+    parts = [b"ok \xff" * 20_000, "\ufffd東".encode() * 30_000, b"\xe1" + "\ufffd".encode(), b"\xf0\x9f", b"a" * 70_000]
+    data = b"".join(parts) + b"\xe6\x9d"
+    found = sources._scan(str(write(tmp_path / "a.txt", data)))
+    text = data.decode("utf-8", "replace")
+    assert (found.invalid, found.first_invalid) == (20_000 + 1 + 1 + 1, 3)
+    assert found.invalid == text.count("\ufffd") - data.count("\ufffd".encode())
+    assert len(calls) <= 2 * (len(data) // 65_536 + 2)
+
+
+def test_files_that_hold_no_text_are_only_digested(tmp_path, monkeypatch):
+    path = str(write(tmp_path / "a.array_record", bytes(range(256)) * 300))
+    wanted = sources._scan(path).digest
+    monkeypatch.setattr(sources, "_scan", lambda path: pytest.fail("read as text"))
+    source = object.__new__(sources.TensorFlowDataset)
+    source.split, source.field, source.info = "train", "text", types.SimpleNamespace(filepaths=[path])
+    assert source.fingerprint == sources._digest("tfds", "train", "text", sources.splitter(), wanted)
+    monkeypatch.setattr(sources, "_digest_of", lambda path: pytest.fail("read again"))
+    assert sources.digest(path) == wanted
 
 
 def test_a_mixture_repeats_whole_passes_and_takes_fixed_subsets(tmp_path):
@@ -368,6 +395,20 @@ def test_python_documentation_is_cleaned_to_prose():
         "A note is kept as prose.",
         "how many eggs there are.",
     ]
+
+
+def test_another_sentence_splitter_reads_python_documentation_anew(monkeypatch):
+    def fingerprint() -> str:
+        source = sources.PythonDocumentation()
+        source.files = [("json", json.__file__)]
+        return source.fingerprint
+
+    before = fingerprint()
+    monkeypatch.setattr(sources, "splitter", lambda: "another one")
+    assert fingerprint() == before, "it is of the sentences"
+    monkeypatch.setattr(sources, "splitter", lambda: "a third")
+    monkeypatch.setattr(sources, "split_sentences", lambda text: [text])
+    assert fingerprint() != before
 
 
 def test_python_documentation_is_read_without_importing_it():

@@ -5,14 +5,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import tracemalloc
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from plm.data import store, tokenizers
+from plm.data import pipeline, store, tokenizers
 from plm.data.sources import Document, Shard, Source, cache_directory, split_of
 from plm.errors import UserError
 
@@ -243,6 +245,38 @@ def test_two_processes_that_want_one_store_build_it_once(tmp_path):
     corpus = Corpus(tmp_path)
     assert corpus.readings() == [0, 1, 2, 3, 4]
     check(store.build(corpus, Words(), valid_fraction=0.3), corpus, Words(), 0.3)
+
+
+def test_processes_that_want_one_vocabulary_train_it_once():
+    """The second one comes while the first one reads, and waits for it. Threads, whose locks are those of processes."""
+    wanted = types.SimpleNamespace(kind="words", vocab=20, lowercase=False, pretokenized=False)
+    made, reads = [], []
+
+    @dataclass(frozen=True)
+    class Only(Shard):
+        bytes = 10
+
+        def documents(self):
+            yield Document("one", ("one two three one two",))
+
+    class Slow(Source):
+        spec = fingerprint = "slow"
+
+        def shards(self):
+            reads.append(threading.current_thread())
+            if len(reads) == 1:
+                second.start()
+                second.join(0.3)
+            return [Only()]
+
+    def train():
+        made.append(pipeline._trained_on(Slow(), wanted, 0.0, False).fingerprint)
+
+    second = threading.Thread(target=train)
+    train()
+    second.join()
+    assert len(reads) == 1
+    assert made[0] == made[1]
 
 
 def test_a_killed_worker_leaves_no_store_and_the_next_build_goes_on(tmp_path):

@@ -117,6 +117,14 @@ def test_cells_are_found_wherever_their_runs_lie(root):
     assert list(studies.find([str(root.parent)])) == [str(root)]
 
 
+def test_minimal_pairs_of_a_study_are_the_generated_ones():
+    column = Column("pairs", "minimal pairs", "minimal_pairs", "trained/forward/all", part="")
+    rows = [{"suite": "minimal_pairs", "metric": column.metric, "split": split} for split in ("generated", "blimp-1")]
+    assert [studies._fits(row, column) for row in rows] == [True, False]
+    assert [studies._fits(row, dataclasses.replace(column, part="blimp-1")) for row in rows] == [False, True]
+    assert studies._fits(rows[0] | {"split": "test"}, column), "rows that do not say which pairs they are of"
+
+
 def test_verdicts_with_intervals(root):
     table = study_tables.claims_table(Results(studies.read(root)))
     by_claim = {row[0]: dict(zip([c.name for c in table.columns], row, strict=True)) for row in table.rows}

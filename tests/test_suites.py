@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import pytest
@@ -10,6 +11,7 @@ from fixtures import corpus, exports
 from plm.analysis import minimal_pairs, suites, word_sense
 from plm.analysis.minimal_pairs import Pair
 from plm.analysis.results import Table
+from plm.data import tasks
 from plm.errors import UserError
 from plm.inference.model import save
 from plm.training import metrics
@@ -109,6 +111,49 @@ def test_what_a_suite_needs_is_said_before_anything_runs(workdir, tmp_path):
         suites.evaluate(suites.Run(str(workdir), pairs=[str(tmp_path / "nothing.jsonl")]), ["minimal_pairs"])
 
 
+def test_sets_of_pairs_stand_beside_each_other(workdir, few_pairs, tmp_path):
+    (tmp_path / "blimp").mkdir()
+    lines = [json.dumps({"sentence_good": pair.bad, "sentence_bad": pair.good}) for pair in few_pairs]
+    (tmp_path / "blimp" / "turned.jsonl").write_text("\n".join(lines))
+
+    def measured(**options) -> list:
+        run = suites.Run(f"{workdir}@7", output=tmp_path / "out", progress=False, **options)
+        return suites.evaluate(run, ["minimal_pairs"], say=lambda line: None)
+
+    made, (first, *_) = measured(), measured(pairs=[f"{tmp_path}/blimp/"])
+    assert {row.split for row in made} == {"generated"}
+    assert re.fullmatch(r"blimp-[0-9a-f]{8}", first.split)
+    rows = [row for row in metrics.read_results(tmp_path / "out") if row.metric == "trained/forward/all"]
+    assert [row.split for row in rows] == ["generated", first.split]
+    assert rows[0].value == pytest.approx(1 - rows[1].value)
+    files = [row.predictions for row in rows]
+    assert files == ["evaluations/toy-minimal_pairs-7.json", f"evaluations/toy-minimal_pairs-{first.split}-7.json"]
+    assert all((tmp_path / "out" / file).exists() for file in files)
+    assert measured() == measured(pairs=[f"{tmp_path}/blimp"]) == [], "both are there"
+    # Equal names with other content are other sets.
+    (tmp_path / "blimp" / "turned.jsonl").write_text(lines[0])
+    assert measured(pairs=[f"{tmp_path}/blimp"])[0].split not in (first.split, "generated")
+
+
+def test_two_tasks_of_one_name_are_refused_and_controls_are_of_the_data(workdir, tmp_path, monkeypatch):
+    for name, word in (("a", "good"), ("b", "bad")):
+        (tmp_path / name).mkdir()
+        rows = "".join(f"{corpus.sentence(name, i)} {word}\t{i % 2}\n" for i in range(8))
+        for split in ("train", "dev"):
+            (tmp_path / name / f"{split}.tsv").write_text("sentence\tlabel\n" + rows)
+    both = [tasks.load(f"sst2,files={tmp_path / name}") for name in "ab"]
+    run = suites.Run(str(workdir), tasks=both, output=tmp_path / "out", progress=False)
+    with pytest.raises(UserError, match=r"two tasks are called 'sst2', .*: give name=..., which custom takes"):
+        suites.evaluate(run, ["zero_shot"], say=lambda line: None)
+    measured = []
+    monkeypatch.setattr(suites.zero_shot, "measure", lambda model, data, done: measured.append((model.step, data)))
+    monkeypatch.setattr(suites.zero_shot, "summary", lambda data, found: ([], None))
+    for data in (*both, both[0]):
+        suites.evaluate_zero_shot(run, {}, data)
+    first, second = both
+    assert measured == [(20, first), (0, first), (20, second), (0, second), (20, first)]
+
+
 def test_senses_of_a_run(workdir, tmp_path, monkeypatch):
     xml = (
         '<corpus><text><sentence><wf>ba</wf><instance id="d0" lemma="bake" pos="NOUN">bake</instance></sentence>'
@@ -121,6 +166,8 @@ def test_senses_of_a_run(workdir, tmp_path, monkeypatch):
     run = suites.Run(str(workdir), wsd=str(tmp_path), progress=False)
     found = {row.metric: row.value for row in suites.evaluate(run, ["word_sense"], say=lambda line: None)}
     assert found["first_sense/all"] == 0.5
+    assert {row.split for row in metrics.read_results(workdir) if row.suite == "word_sense"} == {run.wsd_set}
+    assert re.fullmatch(rf"{tmp_path.name}-[0-9a-f]{{8}}", run.wsd_set)
     assert found["trained/last/layer 1/all"] == found["random_init/last/embedding/test"] == 1.0, "the same sentences"
     monkeypatch.setattr(word_sense, "predict", lambda *_: pytest.fail("measured again"))
     assert not suites.evaluate(suites.Run(str(workdir), wsd=str(tmp_path)), ["word_sense"], say=lambda line: None)

@@ -118,6 +118,16 @@ FORMATS = {
         },
         {"dev": Example("1", ("p", "h"), label=1)},
     ),
+    "SNLI of GLUE, whose rows have the labels of all annotators": (
+        "snli",
+        {
+            "train.tsv": "index\tpairID\tsentence1\tsentence2\tlabel1\tgold_label\n"
+            "0\ta\tp\th\tneutral\tneutral\tcontradiction\tneutral\tcontradiction\tcontradiction\n"
+            "1\tb\tp\tg\tneutral\tentailment\n",
+            "dev.tsv": "sentence1\tsentence2\tgold_label\np\th\tneutral\n",
+        },
+        {"train": Example("a", ("p", "h"), label=2), "dev": Example("0", ("p", "h"), label=1)},
+    ),
     "DREAM": (
         "dream",
         {"dev.json.xz": DREAM},
@@ -238,6 +248,29 @@ def test_published_formats(tmp_path, name):
         assert str(tmp_path) in data.examples(split)[0].where
 
 
+def test_damaged_rows_of_qqp_are_left_out_and_counted(tmp_path, capsys):
+    header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+    rows = "7\t1\t2\tWhy?\tHow?\t0\n8\t1\t2\n9\t1\t2\tWhy?\t \t0\n10\t1\t2\tWhy?\tWhy so?\n11\t1\t2\tWho?\tWhom?\t1\n"
+    write(tmp_path, {"train.tsv": header + rows, "dev.tsv": header + "1\t1\t2\ta\tb\t1\n"})
+    data = tasks.load("qqp", files=str(tmp_path))
+    assert data.examples("train") == (
+        Example("7", ("Why?", "How?"), label=0),
+        Example("11", ("Who?", "Whom?"), label=1),
+    )
+    data.examples("dev")
+    assert data.damaged == {"train": 3, "dev": 0}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("task 'qqp': 3 of the rows of train left out")
+    assert f"{tmp_path}/train.tsv, line 3" in line
+    # A column that no row has, and rows that are too long, are still wrong.
+    write(tmp_path, {"train.tsv": header.replace("question2", "q2") + rows})
+    with pytest.raises(UserError, match="line 2: no column 'question2'"):
+        tasks.load("qqp", files=str(tmp_path)).examples("train")
+    write(tmp_path, {"train.tsv": header + "7\t1\t2\tWhy?\tHow?\t0\t0\n"})
+    with pytest.raises(UserError, match="line 2: 7 columns, and line 1 has 6"):
+        tasks.load("qqp", files=str(tmp_path)).examples("train")
+
+
 def test_names_and_settings_alone_make_a_task(tmp_path):
     write(tmp_path, {"train.tsv": "s1\ts2\tgold\na\tb\tyes\nc\td\tno\n", "valid.tsv": "s1\ts2\tgold\ne\tf\tno\n"})
     data = tasks.load(
@@ -267,6 +300,16 @@ def test_names_and_settings_alone_make_a_task(tmp_path):
     write(tmp_path / "q", {"x.json": squad_file(("q", "Anna.", "Who?", [("Anna", 0)]))})
     (example,) = tasks.load(f"custom,kind=span,files=dev={tmp_path}/q/x.json").examples("dev")
     assert example.answers == (Answer("Anna", 0),)
+
+
+@pytest.mark.parametrize("name", ["dev", "validation", "valid", "val"])
+def test_dev_may_have_any_of_its_names(tmp_path, name):
+    rows = "text\tlabel\na\tyes\nb\tno\n"
+    write(tmp_path, {"train.tsv": rows, f"{name}.tsv": rows.replace("a\t", "of dev\t")})
+    for files in (tmp_path, f"{tmp_path}/{{split}}.tsv"):
+        data = tasks.load(f"custom,files={files},text=text")
+        assert [len(data.examples(split)) for split in data.splits] == [2, 2]
+        assert data.examples("dev")[0].texts == ("of dev",)
 
 
 def test_equal_data_has_equal_fingerprints_wherever_it_lies(tmp_path):
@@ -334,6 +377,26 @@ BAD = {  # what is wrong: (task, files, split, message with {f} for the folder)
         {"train.conll": "a\tO\nb\tB-city\n"},
         r"train.conll, line 1: tag 'B-city' of word 'b' is none of 'O', 'B-corp",
     ),
+    "tag's column by a name, and the columns have none": (
+        "custom,kind=tagging,label=tag",
+        {"train.conll": "a\tO\n"},
+        r"{f}/train.conll: the tag's column is 'tag'; its number is right \(0 the first, -1 the last\)",
+    ),
+    "a name of CoNLL-U's in another file": (
+        "custom,kind=tagging,label=upos",
+        {"train.conll": "a\tx\ty\tO\n"},
+        r"{f}/train.conll: the tag's column is 'upos'; its number is right.* in a .conllu file \(id, form, ",
+    ),
+    "RACE's answer is no letter": (
+        "race_high",
+        {"dev/high/7.txt": {"article": "A.", "questions": ["?"], "options": [["a", "b"]], "answers": ["AB"]}},
+        r"{f}/dev/high/7.txt, question 0: the answer is 'AB'; one letter from A to D is right",
+    ),
+    "RACE's answer is a number": (
+        "race_high",
+        {"dev/high/7.txt": {"article": "A.", "questions": ["?"], "options": [["a", "b"]], "answers": [1]}},
+        r"{f}/dev/high/7.txt, question 0: the answer is 1; one letter",
+    ),
     "short CoNLL-U line": ("ud_ewt", {"en_ewt-ud-train.conllu": "1\ta\ta\tX\n"}, r"line 1: 4 columns; CoNLL-U has 10"),
     "tags that do not align": (
         "custom,kind=tagging,reader=table,files={f}/t.jsonl,text=w,label=y",
@@ -378,6 +441,11 @@ BAD = {  # what is wrong: (task, files, split, message with {f} for the folder)
     ),
     "unlabelled dev": ("wic", {"dev.data.txt": "x\tN\t0-0\tx y\tx\n"}, r"dev.data.txt, line 1: no column 'label'"),
     "damaged archive": ("sst2", {"train.tsv.zz": ""}, r"no file of it in '{f}'; for example train.tsv would be right"),
+    "more columns than the header, and none that is repeated": (
+        "snli",
+        {"train.tsv": "sentence1\tsentence2\tgold_label\np\th\tneutral\tneutral\n"},
+        r"{f}/train.tsv, line 2: 4 columns, and line 1 has 3",
+    ),
     "no folder": ("sst2,files={f}/nowhere", {}, r"'{f}/nowhere' is no folder"),
     "unknown task": ("sst-2", {}, r"task 'sst-2' is not known: custom, or one of sst2, "),
     "unknown setting": ("sst2,text=a", {}, r"task 'sst2' takes files=..., not text=..."),
@@ -505,7 +573,7 @@ def test_embedded_tasks_share_no_text_between_splits_and_with_the_corpus_without
         sources.parse("pydocs#without")
 
 
-def test_the_text_of_a_task_is_a_corpus(tmp_path):
+def test_the_text_of_a_task_is_a_corpus(tmp_path, monkeypatch):
     write(
         tmp_path,
         {
@@ -516,6 +584,9 @@ def test_the_text_of_a_task_is_a_corpus(tmp_path):
     source = sources.parse(f"task:sst2,files={tmp_path}")
     assert [d.sentences for d in source.documents()] == [("One.", "Two here."), ("Three.",)]
     assert source.fingerprint == sources.parse(f"task:sst2,files={tmp_path}").fingerprint
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "splitter", lambda: "another one")
+        assert source.fingerprint != sources.parse(f"task:sst2,files={tmp_path}").fingerprint
     mixed = sources.parse(f"task:sst2,files={tmp_path}+0.5*pydocs#without_tasks")
     assert [weight for weight, _ in mixed.terms] == [1.0, 0.5]
 
@@ -576,8 +647,11 @@ def test_tensorflow_datasets_by_the_names_that_users_have(tmp_path):
         pos = prepare("pos", "universal_dependencies/en_ewt", {{
             "dev": [{{"idx": "s1", "text": "", "tokens": ["don't", "do", "n't"], "upos": ["_", "AUX", "PART"],
                      **{{k: ["_"] * 3 for k in ("deprel", "deps", "feats", "head", "lemmas", "misc", "xpos")}}}}]}})
+        stsb = prepare("stsb", "glue/stsb", {{
+            "validation": [{{"idx": 0, "sentence1": "a", "sentence2": "b", "label": 2.5}}],
+            "test": [{{"idx": 0, "sentence1": "c", "sentence2": "d", "label": -1.0}}]}})
         found = {{}}
-        for name, files in (("sst2", sst2), ("squad_v2", squad), ("ud_ewt", pos)):
+        for name, files in (("sst2", sst2), ("squad_v2", squad), ("ud_ewt", pos), ("stsb", stsb)):
             data = tasks.load(name, files="tfds:" + files)
             rows = lambda split: [[e.id, e.texts, e.words, [a.text for a in e.answers], e.label]
                                   for e in data.examples(split)]
@@ -603,6 +677,10 @@ def test_tensorflow_datasets_by_the_names_that_users_have(tmp_path):
         ["dev", [["q", ["Who?", "Anna saw."], [], ["Anna"], None], ["r", ["When?", "Anna saw."], [], [], None]]]
     ]
     assert found["ud_ewt"] == [["dev", [["s1", [], ["do", "n't"], [], [3, 9]]]]]
+    assert found["stsb"] == [
+        ["dev", [["0", ["a", "b"], [], [], 2.5]]],
+        ["test", [["0", ["c", "d"], [], [], None]]],
+    ], "scores of -1 are none"
     assert found["custom"] == [["negative", "positive"], 1]
 
 

@@ -72,7 +72,8 @@ def test_the_nearest_mean_of_the_lemmas_senses_wins(data, planted):
     # By layer: the first one ties and takes the first sense that training had.
     assert [senses.keys[i] for i in predicted["a"][0]] == [BANK2, BANK2]
     assert [senses.keys[i] for i in predicted["b"][0]] == [BANK2, BANK1]
-    rows, table = word_sense.summary(data, {"trained": predicted})
+    rows, table = word_sense.summary(data, {"trained": predicted}, "made")
+    assert {row["split"] for row in rows} == {"made"}
     values = {row["metric"]: (row["n"], row["value"]) for row in rows}
     # first sense: b right, a, c, e wrong, d unanswered: P = 1/4, R = 1/5.
     assert values["first_sense/one"] == (3, pytest.approx(1 / 3))
@@ -192,7 +193,7 @@ def test_a_toy_model_gives_every_layer(models, name, tmp_path):
     (only,) = word_sense.read(*write(tmp_path))
     data = Data([only, only], {"x": [only]}, {}, ())
     predicted = word_sense.predict(models[name], data)
-    rows, _ = word_sense.summary(data, {"trained": predicted})
+    rows, _ = word_sense.summary(data, {"trained": predicted}, "made")
     values = {row["metric"]: row["value"] for row in rows}
     assert predicted["d0.s0.t1"].shape == (2, models[name].n_layers)
     # The test sentence is the training sentence.

@@ -25,6 +25,7 @@ from plm.errors import UserError
 from plm.randomness import stable_hash
 
 GENERATED = 50  # templates of each generated phenomenon, two pairs each
+GENERATED_SET = "generated"  # what rows call the set
 CHUNK = 2048  # distinct sentences scored together
 CHANCE = 0.5
 
@@ -249,9 +250,10 @@ def n_sentences(pairs: Sequence[Pair]) -> int:
     return len(distinct(pairs))
 
 
-def summary(pairs: Sequence[Pair], judged: dict[str, Outcome]) -> tuple[list[dict], Table]:
+def summary(pairs: Sequence[Pair], judged: dict[str, Outcome], name_of_set: str) -> tuple[list[dict], Table]:
     """(rows, table): for each model (`trained`, `random_init`), direction and phenomenon the share of right pairs.
 
+    name_of_set: the split of the rows, so that those of several sets stand beside each other.
     Metrics: `MODEL/DIRECTION/UID`; over all pairs `MODEL/DIRECTION/all`, the mean over phenomena
     `MODEL/DIRECTION/mean over phenomena`; `MODEL/identical` the share of pairs read as the same pieces.
     """
@@ -268,8 +270,8 @@ def summary(pairs: Sequence[Pair], judged: dict[str, Outcome]) -> tuple[list[dic
         credit, by_uid = judged[name].credit[direction], shares[name, direction]
         named = [*zip(uids, counts, by_uid, strict=True), ("all", len(pairs), float(credit.mean()))]
         named.append(("mean over phenomena", len(uids), float(np.mean(by_uid))))
-        rows += [row(f"{name}/{direction}/{uid}", "test", n, value) for uid, n, value in named]
-    rows += [row(f"{name}/identical", "test", len(pairs), one.identical.mean()) for name, one in judged.items()]
+        rows += [row(f"{name}/{direction}/{uid}", name_of_set, n, value) for uid, n, value in named]
+    rows += [row(f"{name}/identical", name_of_set, len(pairs), one.identical.mean()) for name, one in judged.items()]
     identical = next(iter(judged.values())).identical
     body = [
         [uid, int(counts[u]), int(identical[of_uid == u].sum()), *(shares[column][u] for column in columns)]
@@ -278,4 +280,4 @@ def summary(pairs: Sequence[Pair], judged: dict[str, Outcome]) -> tuple[list[dic
     everything = [float(judged[name].credit[direction].mean()) for name, direction in columns]
     body.append(["all", len(pairs), int(identical.sum()), *everything])
     heading = ["phenomenon", "pairs", "identical", *(f"{name} {direction}" for name, direction in columns)]
-    return rows, Table(f"Minimal pairs: share of right ones; chance is {CHANCE}", heading, body)
+    return rows, Table(f"Minimal pairs, {name_of_set}: share of right ones; chance is {CHANCE}", heading, body)

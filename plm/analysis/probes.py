@@ -161,17 +161,20 @@ def _train_program(learning_rates: Sequence[float], steps: int) -> Callable:
 
     @jax.jit
     def train(state, moments, x_LxNxBxF, labels_NxB, weights_NxB):
-        """N batches, one step each."""
+        """N batches, one step each; of those that only fill up a chunk none."""
         mean, deviation = moments
 
         def step(state, batch):
             params, adam, at = state
             x, labels, weights = batch
             gradients = jax.grad(loss)(params, (x - mean) / deviation, labels, weights)
-            updates, adam = optimizer.update(gradients, adam)
-            decayed = rates * jnp.maximum(1.0 - at / steps, 0.0) * (jnp.sum(weights) > 0)
+            updates, moved = optimizer.update(gradients, adam)
+            decayed = rates * (1.0 - at / steps)
             scale = lambda u: -decayed.reshape(-1, *[1] * (u.ndim - 1)) * u  # noqa: E731
-            return (optax.apply_updates(params, jax.tree.map(scale, updates)), adam, at + 1), None
+            after = optax.apply_updates(params, jax.tree.map(scale, updates)), moved, at + 1
+            # An empty batch would count as a step of the decay, and without a gradient Adam's moments shrink.
+            there = jnp.sum(weights) > 0
+            return jax.tree.map(lambda new, old: jnp.where(there, new, old), after, state), None
 
         return jax.lax.scan(step, state, (jnp.moveaxis(x_LxNxBxF, 1, 0), labels_NxB, weights_NxB))[0]
 

@@ -19,6 +19,7 @@ import dataclasses
 import heapq
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -364,6 +365,20 @@ def table(found: dict) -> list[dict]:
         }
         for row in rows
     ]
+
+
+def make_output(path: str) -> Path:
+    """The folder for what `write` writes, made if it is not there. Errors: UserError where that cannot be."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--output={path} can be no folder ({error.strerror}); a folder, or a new name is right"
+        ) from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--output={path}: the folder cannot be written; check its permissions")
+    return folder
 
 
 def write(found: dict, folder: Path, say: Callable[[str], None]) -> None:

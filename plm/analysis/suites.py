@@ -18,8 +18,10 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -55,7 +57,7 @@ from plm.training.sharding import paths_and_leaves
 
 EVALUATIONS, SAMPLES, SENSES = "evaluations.json", "samples.json", "senses.json"
 TABLES = "evaluations"  # the folder of what suites show
-VERSION = 1  # raise it whenever the same settings would choose other sentences or count otherwise
+VERSION = 1  # raise it whenever all suites would choose other sentences or count otherwise; `Suite.version` is of one
 READ_CHARACTERS = 1 << 28  # of training and of held-out text, at most, that pairs and samples are chosen from
 READ_BYTES = 1 << 26  # of pretraining text, at most, that a run on a task looks through for its own examples: seconds
 NGRAM_TOKENS = 100_000_000  # n-gram tables take about 200 bytes a token
@@ -144,10 +146,37 @@ class Run:
         return minimal_pairs.read(self.pair_files) if self.pair_files else minimal_pairs.generated()
 
     @functools.cached_property
+    def pair_set(self) -> str:
+        """What rows call the pairs."""
+        return _set_name(self.pair_files, _of_pairs(self)) if self.pair_files else minimal_pairs.GENERATED_SET
+
+    @functools.cached_property
     def wsd(self) -> word_sense.Data:
         if not self.wsd_folder:
             raise UserError("suite 'word_sense' reads sense-tagged corpora: --wsd=DIR names their folder")
         return word_sense.find(self.wsd_folder)
+
+    @functools.cached_property
+    def wsd_fingerprint(self) -> str:
+        found = hashlib.sha256()
+        for path in self.wsd.files:
+            found.update(epath.Path(path).read_bytes())
+        return found.hexdigest()[:32]
+
+    @property
+    def wsd_set(self) -> str:
+        """What rows call the sense-tagged corpora."""
+        return _set_name([self.wsd_folder], self.wsd_fingerprint)
+
+    @functools.cached_property
+    def task(self) -> TaskData:
+        """The task that a fine-tuned run is of."""
+        return task_suite.task_of(self.config)
+
+    @functools.cached_property
+    def pretrained_share(self) -> tuple[float | None, str]:
+        """`_pretrained_share` of its task."""
+        return _pretrained_share(self, self.task)
 
     @functools.cached_property
     def text(self) -> Corpus:
@@ -225,6 +254,12 @@ class Run:
                 if read[fixed or "train"] > READ_CHARACTERS:
                     break
             bar.close()
+
+
+def _set_name(paths: Sequence[str], fingerprint: str) -> str:
+    """Of files that the user names: theirs, and a part of the fingerprint of what they hold."""
+    names = (os.path.basename(os.path.abspath(path)).partition(".")[0] for path in paths)
+    return f"{'+'.join(names)}-{fingerprint[:8]}"
 
 
 def _pair(values: Mapping) -> pseudo_words.Pair:
@@ -403,7 +438,7 @@ def evaluate_minimal_pairs(run: Run, settings: Mapping) -> Outcome:
         run, "minimal pairs", lambda: minimal_pairs.judge(run.initial, run.pairs, bar.add)
     )
     bar.close()
-    rows, table = minimal_pairs.summary(run.pairs, judged)
+    rows, table = minimal_pairs.summary(run.pairs, judged, run.pair_set)
     return Outcome(rows, tables=[table])
 
 
@@ -423,7 +458,7 @@ def evaluate_pair_ngrams(run: Run, settings: Mapping) -> Outcome:
     for order, totals in ngrams.sentence_totals(models, ids).items():
         by_sentence = {"forward": dict(zip(sentences, totals.tolist(), strict=True))}
         judged[f"kneser_ney_{order}"] = minimal_pairs.credited(run.pairs, by_sentence, read_as)
-    rows, table = minimal_pairs.summary(run.pairs, judged)
+    rows, table = minimal_pairs.summary(run.pairs, judged, run.pair_set)
     return Outcome(rows, tables=[table])
 
 
@@ -431,7 +466,7 @@ def evaluate_zero_shot(run: Run, settings: Mapping, data: TaskData) -> Outcome:
     bar = Progress(f"zero-shot {data.name}", 2 * zero_shot.n_scored(data), unit="examples", enabled=run.progress)
     found = {"trained": zero_shot.measure(run.model, data, bar.add)}
     found["random_init"] = _of_control(
-        run, f"zero-shot {data.name}", lambda: zero_shot.measure(run.initial, data, bar.add)
+        run, f"zero-shot {data.fingerprint}", lambda: zero_shot.measure(run.initial, data, bar.add)
     )
     bar.close()
     rows, table = zero_shot.summary(data, found)
@@ -443,7 +478,7 @@ def evaluate_probes(run: Run, settings: probes.Settings, data: TaskData) -> Outc
     bar = Progress(f"probes {data.name}", 2 * probes.n_steps(data, settings), unit="examples", enabled=run.progress)
     found = {"trained": probes.measure(run.model, data, settings, bar.add)}
     found["random_init"] = _of_control(
-        run, f"probes {data.name}", lambda: probes.measure(run.initial, data, settings, bar.add)
+        run, f"probes {data.fingerprint}", lambda: probes.measure(run.initial, data, settings, bar.add)
     )
     bar.close()
     rows, tables = probes.summary(data, settings, found)
@@ -455,13 +490,13 @@ def evaluate_word_sense(run: Run, settings: Mapping) -> Outcome:
     found = {"trained": word_sense.predict(run.model, run.wsd, bar.add)}
     found["random_init"] = _of_control(run, "word sense", lambda: word_sense.predict(run.initial, run.wsd, bar.add))
     bar.close()
-    rows, table = word_sense.summary(run.wsd, found)
+    rows, table = word_sense.summary(run.wsd, found, run.wsd_set)
     return Outcome(rows, tables=[table])
 
 
 def evaluate_task(run: Run, settings: Mapping) -> Outcome:
     """A fine-tuned run on its own task: what it was selected by, and what is reported."""
-    predictor = task_suite.Predictor(run.config, run.tokenizer, run.model.params, progress=run.progress)
+    predictor = task_suite.Predictor(run.config, run.tokenizer, run.model.params, task=run.task, progress=run.progress)
     rows, body = [], []
     parts = task_suite.evaluate(predictor)
     for part in parts:
@@ -479,7 +514,7 @@ def evaluate_task(run: Run, settings: Mapping) -> Outcome:
         for layer, share in own.items():
             name = f"{predictor.task.name}/{task_suite.MIX}/{place}/{layer}"
             rows.append({"metric": name, "split": "learned", "n": len(own), "value": share})
-    share, known = _pretrained_share(run, predictor.task)
+    share, known = run.pretrained_share
     if share is not None:
         rows.append({"metric": f"{predictor.task.name}/{overlap.PRETRAINED}", "split": "all", "n": 1, "value": share})
     title = f"{predictor.task.name} by {run.name} ({known})"
@@ -510,8 +545,13 @@ def _pretrained_share(run: Run, data: TaskData) -> tuple[float | None, str]:
     source = (run.facts.get("starts_from") or {}).get("source")
     shares: list[float] = []
     if source and is_run(source):
-        rows = metrics.read_results(source)
-        shares = [row.value for row in rows if row.suite == "overlap" and row.metric == f"{data.name}/8_grams"]
+        noted = _noted(epath.Path(source))
+
+        def is_of_task(row: metrics.Result) -> bool:
+            stamp = noted.get(f"overlap {data.name}@{row.step}", {})
+            return (row.suite, row.metric, stamp.get("task")) == ("overlap", f"{data.name}/8_grams", data.fingerprint)
+
+        shares = [row.value for row in metrics.read_results(source) if is_of_task(row)]
         if not shares:
             with contextlib.suppress(UserError):  # its text has gone, or has changed
                 pretrained = Run(source, progress=run.progress)
@@ -532,15 +572,16 @@ def _of_control(run: Run, name: str, measure: Callable[[], Any]) -> Any:
     return run.of_control[name]
 
 
+def _own_pairs(run: Run) -> str:
+    return run.pair_set if run.pair_files else ""
+
+
 def _of_pairs(run: Run) -> str:
     return f"{stable_hash('minimal pairs', *map(repr, run.pairs), bits=128):032x}"
 
 
-def _of_files(run: Run) -> str:
-    found = hashlib.sha256()
-    for path in run.wsd.files:
-        found.update(epath.Path(path).read_bytes())
-    return found.hexdigest()[:32]
+def _of_own_task(run: Run) -> str:
+    return f"{run.task.fingerprint}, pretrained on: {run.pretrained_share[0]}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -548,7 +589,9 @@ class Suite:
     """function(run, settings) -> Outcome, of a suite of tasks function(run, settings, data), once for each task.
 
     settings: a mapping or a dataclass, a part of what makes rows the same. of_corpus: reads the text that the run was
-    trained on. fingerprint: of what else a suite reads. headline: a regex of the metrics shown over checkpoints.
+    trained on. fingerprint: of what else a suite reads. part: the name of a part of it whose rows and tables stand
+    beside those of others, "" where they go by the suite's name alone. headline: a regex of the metrics shown over
+    checkpoints. version: raise it whenever the same settings would give other rows.
     """
 
     function: Callable[..., Outcome]
@@ -556,7 +599,9 @@ class Suite:
     of_tasks: bool = False
     of_corpus: bool = True
     fingerprint: Callable[[Run], str] | None = None
+    part: Callable[[Run], str] = lambda run: ""
     headline: str = ".*"
+    version: int = VERSION
 
 
 SUITES: dict[str, Suite] = {
@@ -567,18 +612,37 @@ SUITES: dict[str, Suite] = {
     "text": Suite(evaluate_text, {}, of_corpus=False, fingerprint=lambda run: run.text.meta["fingerprint"]),
     "overlap": Suite(evaluate_overlap, {"length": COPIED_WORDS}, of_tasks=True),
     "minimal_pairs": Suite(
-        evaluate_minimal_pairs, {}, of_corpus=False, fingerprint=_of_pairs, headline=r".*/(all|mean over phenomena)"
+        evaluate_minimal_pairs,
+        {},
+        of_corpus=False,
+        fingerprint=_of_pairs,
+        part=_own_pairs,
+        headline=r".*/(all|mean over phenomena)",
     ),
     "pair_ngrams": Suite(
-        evaluate_pair_ngrams, {"orders": ngrams.ORDERS}, fingerprint=_of_pairs, headline=r".*/(all|mean over phenomena)"
+        evaluate_pair_ngrams,
+        {"orders": ngrams.ORDERS},
+        fingerprint=_of_pairs,
+        part=_own_pairs,
+        headline=r".*/(all|mean over phenomena)",
     ),
     "zero_shot": Suite(evaluate_zero_shot, {}, of_tasks=True, of_corpus=False),
     "probes": Suite(
-        evaluate_probes, probes.Settings(), of_tasks=True, of_corpus=False, headline=r".*/trained/(last|mean)/.*"
+        evaluate_probes,
+        probes.Settings(),
+        of_tasks=True,
+        of_corpus=False,
+        headline=r".*/trained/(last|mean)/.*",
+        version=2,  # 1: the learning rate was 0 before the last epoch ended
     ),
-    "task": Suite(evaluate_task, {}, of_corpus=False),
+    "task": Suite(evaluate_task, {}, of_corpus=False, fingerprint=_of_own_task),
     "word_sense": Suite(
-        evaluate_word_sense, {}, of_corpus=False, fingerprint=_of_files, headline=r"(first_sense|trained/last/.*)/all"
+        evaluate_word_sense,
+        {},
+        of_corpus=False,
+        fingerprint=lambda run: run.wsd_fingerprint,
+        part=lambda run: run.wsd_set,
+        headline=r"(first_sense|trained/last/.*)/all",
     ),
 }
 
@@ -627,14 +691,20 @@ def evaluate(
     again: also those that are there. say: gets a line for each suite. show: gets the tables of those that have some,
     also where they were there already.
 
-    Errors: UserError for an unknown suite and for one of tasks without a task, before anything runs, and whatever a
-    suite refuses.
+    Errors: UserError for an unknown suite and for one of tasks without a task or with two of one name, before anything
+    runs, and whatever a suite refuses.
     """
     for name in names:
         if name not in SUITES:
             raise UserError(f"suite {name!r} is not known: choose from {', '.join(SUITES)}")
         if SUITES[name].of_tasks and not run.tasks:
             raise UserError(f"suite {name!r} is measured on tasks: --task=NAME[,files=...] names one")
+        twice = [one for one, n in Counter(data.name for data in run.tasks).items() if n > 1]
+        if SUITES[name].of_tasks and twice:
+            raise UserError(
+                f"two tasks are called {twice[0]!r}, as their results would be: give name=..., which custom takes, or"
+                " measure them one after the other"
+            )
         if SUITES[name].of_corpus and not run.is_run:
             raise UserError(f"suite {name!r} reads the text that a run was trained on; {run.source} is no run of ours")
         if SUITES[name].fingerprint is not None:
@@ -649,7 +719,8 @@ def evaluate(
 def _evaluate_one(
     run: Run, name: str, data: TaskData | None, again: bool, say: Callable, show: Callable
 ) -> list[metrics.Result]:
-    suite, label = SUITES[name], name if data is None else f"{name} {data.name}"
+    suite = SUITES[name]
+    label = " ".join(filter(None, [name, suite.part(run), data.name if data is not None else ""]))
     stamp = _stamp(run, suite, data)
     if not again and _is_there(run, name, label, stamp):
         say(f"{label}: there already for step {run.step:,}")
@@ -697,7 +768,7 @@ def _stamp(run: Run, suite: Suite, data: TaskData | None) -> dict:
     """What rows of a suite depend on beside the checkpoint; comes back from JSON as it was."""
     settings = suite.settings
     settings = dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else dict(settings)
-    stamp: dict[str, Any] = {"version": VERSION}
+    stamp: dict[str, Any] = {"version": suite.version}
     if suite.of_corpus:
         stamp |= {"corpus": run.corpus.meta["fingerprint"], "settings": settings, "eval": run.config.eval.to_dict()}
     else:
@@ -709,8 +780,8 @@ def _stamp(run: Run, suite: Suite, data: TaskData | None) -> dict:
     return json.loads(json.dumps(stamp))
 
 
-def _noted(run: Run) -> dict:
-    path = run.output / EVALUATIONS
+def _noted(folder: epath.Path) -> dict:
+    path = folder / EVALUATIONS
     try:
         return json.loads(path.read_text("utf-8")) if path.exists() else {}
     except ValueError:
@@ -718,7 +789,7 @@ def _noted(run: Run) -> dict:
 
 
 def _is_there(run: Run, name: str, label: str, stamp: dict) -> bool:
-    if _noted(run).get(_noted_as(run, label)) != stamp:
+    if _noted(run.output).get(_noted_as(run, label)) != stamp:
         return False
     files = {"samples": (SAMPLES,), "pseudo_words": (SENSES,)}.get(name, ())
     if not SUITES[name].of_corpus:
@@ -737,5 +808,5 @@ def _noted_as(run: Run, label: str) -> str:
 
 
 def _note(run: Run, label: str, stamp: dict) -> None:
-    noted = _noted(run) | {_noted_as(run, label): stamp}
+    noted = _noted(run.output) | {_noted_as(run, label): stamp}
     metrics.write_atomically(run.output / EVALUATIONS, json.dumps(noted, indent=1) + "\n")

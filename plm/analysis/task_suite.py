@@ -48,18 +48,25 @@ class Scored:
         return len(self.ids)
 
 
+def task_of(config) -> TaskData:
+    """The task of a fine-tuned run, by its config. Errors: UserError for another run."""
+    if config.data.layout != "task":
+        raise UserError("suite task is for runs of experiments/finetune.py: this run's data.layout is no task")
+    return load_task(config.data)
+
+
 class Predictor:
     """Predictions of a fine-tuned model for examples of its task.
 
-    config, tokenizer, params: of the run. data.task.files of the config says where the task is; a run's copy of it is
-    resolved, so classes and widths are known.
+    config, tokenizer, params: of the run. task: where it is read already; else data.task.files of the config says where
+    it is. A run's copy of the config is resolved, so classes and widths are known.
     """
 
-    def __init__(self, config, tokenizer: Tokenizer, params: dict, *, progress: bool = True):
-        if config.data.layout != "task":
-            raise UserError("suite task is for runs of experiments/finetune.py: this run's data.layout is no task")
+    def __init__(
+        self, config, tokenizer: Tokenizer, params: dict, *, task: TaskData | None = None, progress: bool = True
+    ):
         self.config, self.tokenizer, self.params, self.progress = config, tokenizer, params, progress
-        self.task = load_task(config.data)
+        self.task = task or task_of(config)
         self._evaluator: Evaluator | None = None
 
     def splits(self, parts: Mapping[str, Sequence[Example]]) -> list[TaskSplit]:

@@ -309,9 +309,10 @@ def n_sentences(data: Data) -> int:
     return len(data.training) + sum(map(len, data.tests.values()))
 
 
-def summary(data: Data, found: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[list[dict], Table]:
+def summary(data: Data, found: Mapping[str, Mapping[str, np.ndarray]], name_of_set: str) -> tuple[list[dict], Table]:
     """(rows, table) of {"trained": as `predict` gives it, "random_init": ...}.
 
+    name_of_set: the split of the rows, so that those of several folders stand beside each other.
     Metrics, F1: `first_sense/SET`, `most_frequent/SET` (in training, with the same back-off), and
     `MODEL/ALIGNMENT/LAYER/SET`, of each test set and of `all` together; `seen/SET`: the share of occurrences whose
     lemma training has.
@@ -329,11 +330,13 @@ def summary(data: Data, found: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[
     for name, answer in answers.items():
         values = [f1(own, [answer(one) for one in own]) for own in tests.values()]
         rows += [
-            row(f"{name}/{set_}", "test", len(own), v) for (set_, own), v in zip(tests.items(), values, strict=True)
+            row(f"{name}/{set_}", name_of_set, len(own), v)
+            for (set_, own), v in zip(tests.items(), values, strict=True)
         ]
         body.append([name, *values])
     for set_, own in tests.items():
-        rows.append(row(f"seen/{set_}", "test", len(own), np.mean([one.lemma in senses.of_lemma for one in own])))
+        seen = np.mean([one.lemma in senses.of_lemma for one in own])
+        rows.append(row(f"seen/{set_}", name_of_set, len(own), seen))
     heading = ["F1", *(f"{set_} ({len(own):,})" for set_, own in tests.items())]
     return rows, Table("Word senses by nearest neighbour", heading, body)
 

@@ -60,7 +60,9 @@ class Layout:
     files: split -> file name, or `a|b`, in the user's folder; of a dataset the names of its splits. text, label, id,
     choices: columns, `a|b` where copies differ, numbers for files without a header. opening: the column that begins
     each choice. spans: (start, stop) columns. relabel: label as written here -> as the task calls it. dataset: in
-    TFDS's catalogue. dev: (n, seed) cuts dev out of train as scikit-learn's train_test_split does.
+    TFDS's catalogue. dev: (n, seed) cuts dev out of train as scikit-learn's train_test_split does. skip_damaged: rows
+    that lack columns or have an empty text are left out, and counted (`TaskData.damaged`), where published copies have
+    some; elsewhere they are an error. repeated: a column of which longer rows have several.
     """
 
     files: Mapping[str, str]
@@ -74,6 +76,8 @@ class Layout:
     relabel: Mapping[str, str] = dataclasses.field(default_factory=dict)
     dataset: str = ""
     dev: tuple[int, int] | None = None
+    skip_damaged: bool = False
+    repeated: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +136,15 @@ def make_example(
     return Example(**values, label=numbers[label])
 
 
+def is_damaged(record: Record, layout: Layout) -> bool:
+    """Whether a row lacks columns (they are None) or one of its texts is empty.
+
+    Errors: UserError where no row has a column of the texts.
+    """
+    texts = [column(record, name) for names in layout.text for name in names.split("+")]
+    return None in record.values.values() or any(isinstance(text, str) and not text.strip() for text in texts)
+
+
 def _id(record: Record, names: str) -> str | None:
     """The id; None where nothing is named or `a|b|`, with nothing at the end, allows that there is none."""
     first = [name for name in names.split("|") if name]
@@ -168,8 +181,8 @@ def label_of(record: Record, layout: Layout, task: Task, split: str):
         return [layout.relabel.get(str(one), str(one)) for one in value]
     value = str(value).strip()
     value = layout.relabel.get(value, value)
-    if split == "test" and value == "-1" and "-1" not in (*(task.labels or ()), *task.skip):
-        return None  # TFDS's test sets without labels
+    if split == "test" and value in ("-1", "-1.0") and value not in (*(task.labels or ()), *task.skip):
+        return None  # TFDS's test sets without labels; where labels are scores, -1 is a float
     return value
 
 

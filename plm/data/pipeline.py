@@ -175,28 +175,31 @@ def _trained_on(source: sources.Source, wanted, valid_fraction: float, progress:
     settings = (wanted.kind, wanted.vocab, wanted.lowercase, wanted.pretokenized, valid_fraction)
     name = f"{stable_hash('vocabulary', tokenizers.VERSION, source.fingerprint, *settings, bits=128):032x}"
     directory = sources.cache_directory() / "vocabularies" / name
-    if not (directory / "tokenizer_settings.json").exists():
-        shards = source.shards()
-        bar = store.Progress("vocabulary", sum(shard.bytes for shard in shards), unit="B", enabled=progress)
-
-        def sentences():
-            for shard in shards:
-                for document in shard.documents():
-                    if sources.split_of(document, valid_fraction) == "train":
-                        yield from document.sentences
-                bar.add(shard.bytes)
-
-        trained = tokenizers.train(
-            wanted.kind,
-            sentences(),
-            wanted.vocab,
-            lowercase=wanted.lowercase,
-            pretokenized=wanted.pretokenized,
-        )
-        bar.close()
+    whole = directory / "tokenizer_settings.json"
+    if not whole.exists():
+        # Processes that begin together wait for the first one, which reads the corpus for all.
         with store.writable(directory.parent), store.locked(directory):
-            trained.save(directory)
+            if not whole.exists():
+                _train(source, wanted, valid_fraction, progress).save(directory)
     return Tokenizer.load(directory)
+
+
+def _train(source: sources.Source, wanted, valid_fraction: float, progress: bool) -> Tokenizer:
+    shards = source.shards()
+    bar = store.Progress("vocabulary", sum(shard.bytes for shard in shards), unit="B", enabled=progress)
+
+    def sentences():
+        for shard in shards:
+            for document in shard.documents():
+                if sources.split_of(document, valid_fraction) == "train":
+                    yield from document.sentences
+            bar.add(shard.bytes)
+
+    trained = tokenizers.train(
+        wanted.kind, sentences(), wanted.vocab, lowercase=wanted.lowercase, pretokenized=wanted.pretokenized
+    )
+    bar.close()
+    return trained
 
 
 def _added_words(path: str) -> list[str]:
@@ -341,6 +344,7 @@ def open_task(
         "train": train.counts(),
         "valid": valid.counts(),
         "replaced_utf8": 0,
+        "damaged_rows": sum(task.damaged.values()),
     }
     return Corpus(tokenizer, train, valid, meta, task)
 

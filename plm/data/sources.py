@@ -41,9 +41,10 @@ import sysconfig
 import tempfile
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import sentencex
 
@@ -262,7 +263,7 @@ def split_sentences(text: str) -> list[str]:
     return [sentence for sentence in found if sentence]
 
 
-def _splitter() -> str:
+def splitter() -> str:
     """What decides the sentences of running text, for fingerprints."""
     return f"sentencex {importlib.metadata.version('sentencex')}"
 
@@ -317,18 +318,28 @@ class Scan:
 
 
 def scan(path: str) -> Scan:
-    """Reads a file once; remembered in the cache by path, size and time of change."""
+    """Reads a file of text once."""
+    return Scan(**_once(path, "scan", lambda: vars(_scan(path))))
+
+
+def digest(path: str) -> str:
+    """`Scan.digest` alone, of a file that holds no text."""
+    return _once(path, "digest", lambda: _digest_of(path), "digest")
+
+
+def _once(path: str, name: str, make: Callable[[], Any], *more: str) -> Any:
+    """What `make` finds in a file, remembered in the cache by path, size and time of change (and `more`)."""
     status = os.stat(path)
-    key = [VERSION, os.path.abspath(path), status.st_size, status.st_mtime_ns]
+    key = [*more, VERSION, os.path.abspath(path), status.st_size, status.st_mtime_ns]
     remembered = cache_directory() / "scans" / f"{stable_hash(*key, bits=128):032x}.json"
     try:
         record = json.loads(remembered.read_text("utf-8"))
         if record["key"] == key:
-            return Scan(**record["scan"])
+            return record[name]
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    found = _scan(path)
-    _remember(remembered, {"key": key, "scan": vars(found)})
+    found = make()
+    _remember(remembered, {"key": key, name: found})
     return found
 
 
@@ -353,21 +364,30 @@ def _scan(path: str) -> Scan:
                 digest.update(block)
                 size += len(block)
                 blank = blank and (not block or block.isspace())
-                data, at = memoryview(pending + block), 0
-                while True:
-                    try:
-                        at += codecs.utf_8_decode(data[at:], "strict", not block)[1]
-                        break
-                    except UnicodeDecodeError as error:
-                        if not invalid:
-                            first = size - len(data) + at + error.start
-                        invalid += 1
-                        at += error.end
-                pending = bytes(data[at:])
+                data = pending + block
+                try:
+                    at = codecs.utf_8_decode(data, "strict", not block)[1]
+                except UnicodeDecodeError as error:
+                    first = first if invalid else size - len(data) + error.start
+                    text, at = codecs.utf_8_decode(data, "replace", not block)
+                    # Each invalid sequence has become a U+FFFD; those that the text itself has are valid.
+                    invalid += text.count("\ufffd") - data[:at].count("\ufffd".encode())
+                pending = data[at:]
                 if not block:
                     return Scan(digest.hexdigest(), size, blank, invalid, first)
     except DAMAGED as error:
         raise _damaged(path, error) from None
+
+
+def _digest_of(path: str) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    try:
+        with open_bytes(path) as stream:
+            while block := stream.read(1 << 16):
+                found.update(block)
+    except DAMAGED as error:
+        raise _damaged(path, error) from None
+    return found.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -523,7 +543,7 @@ class Text(Files):
         super().__init__(spec, pattern if self.split else body, invalid_utf8)
 
     def reading(self) -> str:
-        return _splitter() if self.split else "lines"
+        return splitter() if self.split else "lines"
 
     def shard(self, ranges: tuple[Range, ...]) -> Shard:
         return TextShard(ranges, self.split, self.invalid_utf8)
@@ -583,7 +603,7 @@ class JsonLines(Files):
         super().__init__(spec, pattern, invalid_utf8)
 
     def reading(self) -> str:
-        return f"{self.field} {_splitter()}"
+        return f"{self.field} {splitter()}"
 
     def shard(self, ranges: tuple[Range, ...]) -> Shard:
         return JsonLinesShard(ranges, self.field, self.invalid_utf8)
@@ -708,7 +728,7 @@ class TensorFlowDataset(Source):
     @functools.cached_property
     def fingerprint(self) -> str:
         files = sorted(map(str, self.info.filepaths))
-        return _digest("tfds", self.split, self.field, _splitter(), *(scan(path).digest for path in files))
+        return _digest("tfds", self.split, self.field, splitter(), *map(digest, files))
 
     def shards(self) -> list[Shard]:
         size = max(1, self.info.num_bytes)
@@ -834,7 +854,7 @@ class PythonDocumentation(Source):
     @functools.cached_property
     def fingerprint(self) -> str:
         stats = [(module, os.stat(path).st_size, os.stat(path).st_mtime_ns) for module, path in self.files]
-        key = [VERSION, sys.version, sysconfig.get_path("stdlib"), _digest(stats)]
+        key = [VERSION, splitter(), sys.version, sysconfig.get_path("stdlib"), _digest(stats)]
         remembered = cache_directory() / "scans" / f"{stable_hash(self.spec, *key, bits=128):032x}.json"
         try:
             record = json.loads(remembered.read_text("utf-8"))

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from plm.data import sources
-from plm.data.sources import open_bytes
+from plm.data.sources import DAMAGED, open_bytes
 from plm.errors import UserError
 from plm.randomness import stable_hash
 
@@ -41,13 +41,13 @@ def read(path: str, setting: str):
     if not Path(path).is_file():
         raise UserError(f"{setting}: there is no such file")
     options = {"binary": path.endswith((".bin", ".bin.gz")), "limit": ROWS, "unicode_errors": "replace"}
-    if not options["binary"]:
-        with open_bytes(path) as file:
-            # word2vec's text files begin with two numbers, GloVe's with the first word.
-            options["no_header"] = len(file.readline(1 << 16).split()) != 2
     try:
+        if not options["binary"]:
+            with open_bytes(path) as file:
+                # word2vec's text files begin with two numbers, GloVe's with the first word.
+                options["no_header"] = len(file.readline(1 << 16).split()) != 2
         return KeyedVectors.load_word2vec_format(path, **options)
-    except (ValueError, EOFError, UnicodeError, IndexError) as error:
+    except (ValueError, UnicodeError, IndexError, OSError, *DAMAGED) as error:
         raise UserError(f"{setting} is no GloVe or word2vec file: {error}") from None
 
 

@@ -19,6 +19,7 @@ import glob
 import io
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -79,11 +80,12 @@ def _json(path: str, text: str, first_line: int = 1):
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
-def read_table(path: str, named: Sequence[str] = ()) -> Iterator[Record]:
+def read_table(path: str, named: Sequence[str] = (), *, filled: bool = False, repeated: str = "") -> Iterator[Record]:
     """Rows of a .tsv, .csv or .jsonl file.
 
     named: columns of which each is `name`, `name|number` or `number`. The first line is a header unless all of them
-    have a number and a name of theirs is missing there: then columns are numbers.
+    have a number and a name of theirs is missing there: then columns are numbers. filled: columns that a shorter row
+    does not have are None. repeated: a column of which longer rows have several; the first one counts.
     Errors: a row with another number of columns than the first line; a line that is no JSON object.
     """
     end, text = suffix(path), read_text(path)
@@ -112,9 +114,13 @@ def read_table(path: str, named: Sequence[str] = ()) -> Iterator[Record]:
                 twice = next(name for name in header if header.count(name) > 1)
                 raise UserError(f"{where}: column {twice!r} is there more than once")
             continue
-        if len(row) != len(header):
+        if len(row) > len(header) and repeated in header:
+            behind = len(header) - header.index(repeated) - 1
+            row = [*row[: len(header) - behind], *row[len(row) - behind :]]
+        missing = len(header) - len(row)
+        if missing and not (filled and missing > 0):
             raise UserError(f"{where}: {_columns(len(row))}, and line {first} has {len(header)}")
-        yield Record(where, dict(zip(header, row, strict=True)))
+        yield Record(where, dict(zip(header, [*row, *[None] * missing], strict=True)))
 
 
 def _tsv_rows(text: str) -> Iterator[tuple[int, list[str]]]:
@@ -166,14 +172,21 @@ def column(record: Record, names: str):
 def read_conll(path: str, tag: str = "") -> Iterator[Record]:
     """Sentences: words, tags (lists of str), and id where the file names it (`# sent_id = ...`).
 
-    tag: the tag's column by number (negative from the end) or a name of CoNLL-U's; default the last, of CoNLL-U `upos`.
+    tag: the tag's column by number (negative from the end), in CoNLL-U by its name; default the last, there `upos`.
     Columns are separated by tabs, in a line without one by blanks. Lines of `-DOCSTART-`, and of CoNLL-U those of
     multi-word tokens (3-4) and of empty nodes (3.1), hold no word.
-    Errors: a line without the tag's column or with an empty word or tag; lines of unequal length within CoNLL-U.
+    Errors: `tag` is no number, nor a name in CoNLL-U; a line without the tag's column or with an empty word or tag;
+    lines of unequal length within CoNLL-U.
     """
     universal = suffix(path) == ".conllu"
     word_at = 1 if universal else 0
-    tag_at = CONLLU.index(tag) if tag in CONLLU else int(tag or (CONLLU.index("upos") if universal else -1))
+    tag = tag or ("upos" if universal else "-1")
+    if universal and tag in CONLLU:
+        tag = str(CONLLU.index(tag))
+    if not re.fullmatch(r"-?[0-9]+", tag):
+        names = f", or a name of CoNLL-U's in a .conllu file ({', '.join(CONLLU)})"
+        raise UserError(f"{path}: the tag's column is {tag!r}; its number is right (0 the first, -1 the last){names}")
+    tag_at = int(tag)
     words: list[str] = []
     tags: list[str] = []
     name, begins = None, 0
@@ -252,6 +265,9 @@ def read_race(path: str) -> Iterator[Record]:
         yield from race_questions(Record(file, _json(file, read_text(file))))
 
 
+_LETTERS = ("A", "B", "C", "D")
+
+
 def race_questions(passage: Record) -> Iterator[Record]:
     """The questions of one passage of RACE; an answer is a letter."""
     values, where = passage.values, passage.where
@@ -261,7 +277,9 @@ def race_questions(passage: Record) -> Iterator[Record]:
         raise UserError(f"{where}: {len(questions)} questions, {len(options)} lists of options, {len(answers)} answers")
     for place, (question, choices, answer) in enumerate(zip(questions, options, answers, strict=True)):
         shared = {"id": f"{name}/{place}", "context": _of(values, "article", where), "question": question}
-        yield Record(f"{where}, question {place}", shared | {"choices": choices, "label": str(ord(answer) - ord("A"))})
+        if answer not in _LETTERS:
+            raise UserError(f"{where}, question {place}: the answer is {answer!r}; one letter from A to D is right")
+        yield Record(f"{where}, question {place}", shared | {"choices": choices, "label": str(_LETTERS.index(answer))})
 
 
 # ------------------------------------------------------------------------------------------------------ word in context

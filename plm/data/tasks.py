@@ -26,16 +26,35 @@ import dataclasses
 import functools
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from plm.data import docstrings, sources, task_files
-from plm.data.examples import KINDS, Example, Layout, Task, fraction, halves, has_gold, label_of, make_example, shown
+from plm.data.examples import (
+    KINDS,
+    Example,
+    Layout,
+    Task,
+    fraction,
+    halves,
+    has_gold,
+    is_damaged,
+    label_of,
+    make_example,
+    shown,
+)
 from plm.data.task_files import Record
 from plm.errors import UserError
 from plm.randomness import stable_hash
 
 DEV_FRACTION = 0.1  # of train, where a task has no dev
+DEV_NAMES = (
+    "dev",
+    "validation",
+    "valid",
+    "val",
+)  # what files and splits of a user may call it, the first that is there
 ENOUGH = 20  # examples, from which on one class alone is taken for a wrong column
 
 # ----------------------------------------------------------------------------------------------------------- the table
@@ -65,13 +84,13 @@ def _glue(name: str, kind: str, text: tuple[str, ...], **options) -> Task:
     options = {"labels": _BINARY, "metrics": ("accuracy",), "label": "label", "files": _GLUE_FILES} | options
     files, label = options.pop("files"), options.pop("label")
     tfds_text, tfds_splits = options.pop("tfds_text", text), options.pop("tfds_splits", _TFDS)
-    dataset = options.pop("dataset", f"glue/{name}")
+    dataset, skip_damaged = options.pop("dataset", f"glue/{name}"), options.pop("skip_damaged", False)
     return Task(
         name,
         kind,
         layouts=(
-            Layout(files, text, label, id="index|id|pairID|"),
-            Layout(tfds_splits, tfds_text, reader="tfds", id="idx", dataset=dataset),
+            Layout(files, text, label, id="index|id|pairID|", skip_damaged=skip_damaged),
+            Layout(tfds_splits, tfds_text, reader="tfds", id="idx", dataset=dataset, skip_damaged=skip_damaged),
         ),
         submission="glue",
         **options,
@@ -135,7 +154,9 @@ TASKS: dict[str, Task] = {
               tfds_text=("sentence",)),
         _glue("mrpc", "pair", ("#1 String|sentence1", "#2 String|sentence2"), label="Quality|label",
               metrics=("f1_positive", "accuracy"), tfds_text=("sentence1", "sentence2")),
-        _glue("qqp", "pair", ("question1", "question2"), label="is_duplicate", metrics=("f1_positive", "accuracy")),
+        # Published with a few rows of train cut short, and with questions that are empty.
+        _glue("qqp", "pair", ("question1", "question2"), label="is_duplicate", metrics=("f1_positive", "accuracy"),
+              skip_damaged=True),
         _glue("mnli", "pair", ("sentence1", "sentence2"), label="gold_label|label", labels=_NLI, files=_MNLI_FILES,
               tfds_text=("premise", "hypothesis"), tfds_splits=_MATCHED),
         _glue("mnli_mismatched", "pair", ("sentence1", "sentence2"), label="gold_label|label", labels=_NLI,
@@ -148,8 +169,9 @@ TASKS: dict[str, Task] = {
               metrics=("spearman", "pearson"), tfds_text=("sentence1", "sentence2"),
               files={split: f"{split}.tsv|{split}.csv" for split in ("train", "dev", "test")}),
         Task("snli", "pair", ("accuracy",), (
+            # In GLUE's train.tsv a row has a label of each of its annotators, the header that of one.
             Layout({split: f"snli_1.0_{split}.jsonl|{split}.jsonl|{split}.tsv" for split in ("train", "dev", "test")},
-                   ("sentence1", "sentence2"), "gold_label", id="pairID|"),
+                   ("sentence1", "sentence2"), "gold_label", id="pairID|", repeated="label1"),
             Layout(_TFDS, ("premise", "hypothesis"), reader="tfds", dataset="snli"),
         ), _NLI, skip=("-", "-1")),
         Task("scitail", "pair", ("accuracy",), (
@@ -230,6 +252,7 @@ SETTINGS = {
     "unanswerable": "yes where questions without an answer are meant (span)",
 }
 _DEFAULT_METRICS = {"similarity": ("spearman", "pearson"), "span": ("f1", "exact_match")}
+_NAMES = {"train": ("train",), "dev": DEV_NAMES, "test": ("test",)}
 _FOLDERS = {"tagging": "conll", "span": "squad"}  # the readers of a folder of such files
 _NATIVE_TEXT = {"span": ("question", "context"), "choice": _QUESTION, "word": ("sentence1", "sentence2")}
 
@@ -282,9 +305,9 @@ def custom(settings: Mapping[str, str]) -> Task:
     if kind in wanted and len(text) not in wanted[kind]:
         raise UserError(f"task=custom,kind={kind} has {len(text)} text columns; {wanted[kind][0]} are right")
     native = {"conll": "", "squad": "answers"}.get(reader, "answers" if kind == "span" else "label")
-    names = {split: f"{split}.tsv|{split}.csv|{split}.jsonl|{split}.json|{split}.conll" for split in _TFDS}
+    ends = ("",) if dataset else (".tsv", ".csv", ".jsonl", ".json", ".conll")
     layout = Layout(
-        _TFDS if dataset else names,
+        {split: "|".join(name + end for name in own for end in ends) for split, own in _NAMES.items()},
         text,
         settings.get("label", native),
         reader,
@@ -314,7 +337,9 @@ def _list(settings: Mapping[str, str], key: str) -> tuple[str, ...]:
 
 _CLASSLESS = ("similarity", "choice", "span")
 READERS: dict[str, Callable[[str, Layout], Iterator[Record]]] = {
-    "table": lambda path, layout: task_files.read_table(path, _named(layout)),
+    "table": lambda path, layout: task_files.read_table(
+        path, _named(layout), filled=layout.skip_damaged, repeated=layout.repeated
+    ),
     "conll": lambda path, layout: task_files.read_conll(path, layout.label),
     "squad": lambda path, layout: task_files.read_squad(path),
     "dream": lambda path, layout: task_files.read_dream(path),
@@ -339,7 +364,8 @@ def _named(layout: Layout) -> tuple[str, ...]:
 class TaskData:
     """A task and where it is read from; splits are read when they are asked for, whole, and kept.
 
-    splits: names in the order train, dev, test, of those there are. labels: the classes, () without.
+    splits: names in the order train, dev, test, of those there are. labels: the classes, () without. damaged: of the
+    files read so far, how many rows were left out (`Layout.skip_damaged`).
     """
 
     def __init__(self, task: Task, files: str = ""):
@@ -349,6 +375,7 @@ class TaskData:
         if "train" in self._places and "dev" not in self._places:
             self.splits = ("train", "dev", *self.splits[1:])
         self._read: dict[str, tuple[Example, ...]] = {}
+        self.damaged: dict[str, int] = {}
 
     @property
     def name(self) -> str:
@@ -442,8 +469,11 @@ class TaskData:
 
     def _examples(self, split: str) -> tuple[Example, ...]:
         numbers = {label: number for number, label in enumerate(self.labels)}
-        examples, ids = [], {}
+        examples, ids, damaged = [], {}, []
         for row, record in enumerate(self._records(split)):
+            if self.layout.skip_damaged and is_damaged(record, self.layout):
+                damaged.append(record.where)
+                continue
             example = make_example(self.task, self.layout, record, row, split, numbers)
             if example is None:
                 continue
@@ -452,6 +482,14 @@ class TaskData:
             ids[example.id] = record.where
             examples.append(example)
         self._check(split, examples)
+        self.damaged[split] = len(damaged)
+        if damaged:
+            print(
+                f"task {self.name!r}: {len(damaged):,} of the rows of {split} left out, which lack columns or have an"
+                f" empty text (the first: {damaged[0]})",
+                file=sys.stderr,
+                flush=True,
+            )
         return tuple(examples)
 
     def _check(self, split: str, examples: Sequence[Example]) -> None:
@@ -492,10 +530,11 @@ def _open(task: Task, files: str) -> tuple[Layout, dict[str, str]]:
         given = files.removeprefix("tfds:") or catalogued[0].dataset
         layout = dataclasses.replace(catalogued[0], dataset=given)
         have = task_files.tfds_splits(given)
-        found = {split: name for split, name in layout.files.items() if name in have}
+        wanted = {split: [name for name in names.split("|") if name in have] for split, names in layout.files.items()}
+        found = {split: names[0] for split, names in wanted.items() if names}
         if not found:
-            wanted = ", ".join(layout.files.values())
-            raise UserError(f"tfds:{given}: splits {', '.join(have) or 'none'}; {wanted} would be right")
+            right = ", ".join(layout.files.values()).replace("|", " or ")
+            raise UserError(f"tfds:{given}: splits {', '.join(have) or 'none'}; {right} would be right")
         return layout, found
     local = [layout for layout in task.layouts if not layout.dataset]
     named = _explicit(files)
@@ -517,11 +556,9 @@ def _open(task: Task, files: str) -> tuple[Layout, dict[str, str]]:
 def _explicit(files: str) -> dict[str, str] | None:
     """{split: path} of `train=PATH+...`, of a path with {split}, or of one file; None for a folder."""
     if "{split}" in files:
-        found = {}
-        for split, name in (("train", "train"), ("dev", "val"), ("dev", "valid"), ("dev", "dev"), ("test", "test")):
-            path = files.replace("{split}", name)
-            if os.path.exists(path):
-                found[split] = path
+        paths = {split: [files.replace("{split}", name) for name in own] for split, own in _NAMES.items()}
+        there = {split: list(filter(os.path.exists, own)) for split, own in paths.items()}
+        found = {split: own[0] for split, own in there.items() if own}
         if not found:
             raise UserError(f"files={files!r}: no file for train, dev or test is there")
         return found
@@ -558,7 +595,10 @@ class TaskText(sources.Source):
     @functools.cached_property
     def fingerprint(self) -> str:
         split = () if self.split == "train" else (self.split,)
-        return f"{stable_hash('task text', sources.VERSION, self.data.fingerprint, *split, bits=128):032x}"
+        # What was trained on task text before this said which splitter read it was read by this one, and stays valid.
+        splitter = () if sources.splitter() == "sentencex 1.0.32" else (sources.splitter(),)
+        key = ("task text", sources.VERSION, self.data.fingerprint, *split, *splitter)
+        return f"{stable_hash(*key, bits=128):032x}"
 
     def shards(self) -> list[sources.Shard]:
         return [TaskTextShard(self.spec, self.spec.partition(":")[2])]

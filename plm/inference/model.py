@@ -348,7 +348,9 @@ class Model:
         rows = np.take(self._vocabulary_rows, np.minimum(ids, size - 1), axis=0)
         outside = ids >= size
         if outside.any():
-            rows[outside] = self.tokenizer.character_rows(open_words)[ids[outside] - size]
+            # Only the words of this batch: a whole set of texts may have many more.
+            here, place = np.unique(ids[outside] - size, return_inverse=True)
+            rows[outside] = self.tokenizer.character_rows([open_words[word] for word in here])[place]
         return rows.astype(np.int32) + 1
 
     @functools.cached_property

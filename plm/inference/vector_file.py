@@ -72,12 +72,14 @@ class Job:
 
 
 def check_output(path: str) -> Path:
-    """Errors: UserError for a name that says no format, or a folder that is not there."""
+    """Errors: UserError for a name that says no format, or a folder that is not there or cannot be written."""
     target = Path(path)
     if target.suffix not in SUFFIXES:
         raise UserError(f"--output={path} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     if not target.parent.is_dir():
         raise UserError(f"--output={path}: there is no folder {target.parent}")
+    if not os.access(target.parent, os.W_OK):
+        raise UserError(f"--output={path}: the folder {target.parent} cannot be written; check its permissions")
     return target
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from plm.analysis.minimal_pairs import GENERATED_SET
 from plm.analysis.overlap import PRETRAINED
 from plm.analysis.results import counts_file
 from plm.errors import UserError
@@ -36,10 +37,10 @@ class Row:
 class Column:
     """A quantity: rows of results.jsonl with this suite and metric, of this part.
 
-    label: what the paper calls it; measured: what stands for it here. part: of suite task "report" or "selection",
-    of others the split, "" for any; step: of the rows, None for the highest of a run that is complete. Values are shown
-    times `factor` in `unit`, and so is `smallest`, the smallest effect of interest (protocol 15). group, x: columns of
-    one group are points of a curve.
+    label: what the paper calls it; measured: what stands for it here. part: of suite task "report" or "selection", of
+    others the split, "" for any (of minimal pairs for the generated set); step: of the rows, None for the highest of a
+    run that is complete. Values are shown times `factor` in `unit`, and so is `smallest`, the smallest effect of
+    interest (protocol 15). group, x: columns of one group are points of a curve.
     """
 
     name: str
@@ -305,6 +306,9 @@ def _fits(row: dict, column: Column) -> bool:
         return False
     if column.step is not None and row.get("step") != column.step:
         return False
+    if column.suite in ("minimal_pairs", "pair_ngrams") and column.part in ("", "report"):
+        # Rows that did not say yet which pairs they are of have the split "test".
+        return row.get("split") in (GENERATED_SET, "test")
     if column.suite != "task":
         return column.part in ("", "report") or row.get("split") == column.part
     if not row.get("predictions"):

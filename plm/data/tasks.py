@@ -49,12 +49,7 @@ from plm.errors import UserError
 from plm.randomness import stable_hash
 
 DEV_FRACTION = 0.1  # of train, where a task has no dev
-DEV_NAMES = (
-    "dev",
-    "validation",
-    "valid",
-    "val",
-)  # what files and splits of a user may call it, the first that is there
+DEV_NAMES = ("dev", "validation", "valid", "val")  # what a user's files may call it; the first that is there
 ENOUGH = 20  # examples, from which on one class alone is taken for a wrong column
 
 # ----------------------------------------------------------------------------------------------------------- the table
@@ -595,9 +590,7 @@ class TaskText(sources.Source):
     @functools.cached_property
     def fingerprint(self) -> str:
         split = () if self.split == "train" else (self.split,)
-        # What was trained on task text before this said which splitter read it was read by this one, and stays valid.
-        splitter = () if sources.splitter() == "sentencex 1.0.32" else (sources.splitter(),)
-        key = ("task text", sources.VERSION, self.data.fingerprint, *split, *splitter)
+        key = ("task text", sources.VERSION, sources.splitter(), self.data.fingerprint, *split)
         return f"{stable_hash(*key, bits=128):032x}"
 
     def shards(self) -> list[sources.Shard]:

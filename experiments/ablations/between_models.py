@@ -21,7 +21,7 @@ minimal pairs 5-grams. The four primary contrasts are on the mean of the columns
 deviation; all other comparisons are exploratory.
 """
 
-from experiments.ablations.common import BEST_EPOCH, FULL, Column, Maker, Quantity
+from experiments.ablations.common import BEST_EPOCH, FULL, Column, Maker, OnTask, Quantity
 from plm.analysis.results import MAJORITY
 from plm.reporting.studies import difference
 
@@ -85,13 +85,16 @@ def sweep(add, arguments: str = ""):
             routes[on.column.name, way] = column
     scored = list(routes.values())
     pairs, senses, bits = _measured_columns(make)
+    tags, probed = _probe_columns(make)
     models = _pretrained(make)
     for row, model in models.items():
         suites = "ngrams,samples,pseudo_words,minimal_pairs" if row != "lstm-masked" else "pseudo_words,minimal_pairs"
-        make.measure(f"{row}-measured", model, [f"--suite={suites}"])
+        make.measure(f"{row}-measured", model, [f"--suite={suites},probes", f"--task={make.files_of(tags.task)}"])
         direction = "mean" if row == "elmo" or "bidirectional" in row else "masked" if _masked(row) else "forward"
         make.read(row, pairs, model, f"trained/{direction}/all")
         make.read(row, senses, model, f"trained/nearest_neighbour/layer {make.layers(model)}")
+        for alignment, column in probed.items():
+            make.read(row, column, model, _probe(tags, f"trained/{alignment}/mix"))
         if bits is not None and not _masked(row):
             make.read(row, bits, model, _bits_metric(row))
         for on in on_tasks:
@@ -99,7 +102,13 @@ def sweep(add, arguments: str = ""):
                 column = routes[on.column.name, way].name
                 options = {"arguments": BEST_EPOCH, "column": column, "tuned": _rates(row, way)}
                 make.finetune(row, on, model, way, on.aligned, name=f"{row}-{column}", **options)
-    _controls(make, routes, models)
+    untrained = _controls(make, routes, models)
+    make.read("scratch", senses, untrained, f"random_init/nearest_neighbour/layer {make.layers(untrained)}")
+    # A vector for each form, whatever made it: it cannot tell two uses of a form apart.
+    make.read("word2vec", senses, untrained, "static/nearest_neighbour/form")
+    for alignment, column in probed.items():
+        make.read("scratch", column, untrained, _probe(tags, f"random_init/{alignment}/mix"))
+        make.read("majority", column, untrained, _probe(tags, MAJORITY))
     if native:
         for better, worse in (("bert", "gpt"), ("gpt", "elmo")):
             text = f"{NATIVE[better]} is better than {NATIVE[worse]} (X1)"
@@ -152,6 +161,23 @@ def _measured_columns(make: Maker) -> tuple[Column, Column, Column | None]:
     return pairs, senses, make.add_column(bits)
 
 
+def _probe_columns(make: Maker) -> tuple[OnTask, dict[str, Column]]:
+    """(the task of tags, {alignment: a linear probe on the mix of layers}): protocol 11 wants both."""
+    (tags,) = (on for on in make.on_tasks if on.kind == "tagging")
+    labels = {"last": "last piece", "first_and_last": "mean of first and last piece"}
+    columns = {
+        alignment: Column(f"probe_{alignment}", f"linear probe, {tags.column.label}: {label}", "probes", "", part="",
+                          smallest=tags.column.smallest)
+        for alignment, label in labels.items()
+    }  # fmt: skip
+    return tags, {alignment: make.add_column(column) for alignment, column in columns.items()}
+
+
+def _probe(tags: OnTask, of: str) -> str:
+    task, _, metric = tags.column.metric.partition("/")
+    return f"{task}/{of}/{metric}"
+
+
 def _pretrained(make: Maker) -> dict[str, str]:
     if make.given.arm == "native":
         for row, label in NATIVE.items():
@@ -165,9 +191,9 @@ def _pretrained(make: Maker) -> dict[str, str]:
     return found
 
 
-def _controls(make: Maker, routes: dict, models: dict[str, str]) -> None:
+def _controls(make: Maker, routes: dict, models: dict[str, str]) -> str:
     """From random values: tuned, and frozen; word2vec on the same text under the BiLSTM; a linear output that learns
-    shuffled labels; and the commonest class."""
+    shuffled labels; and the commonest class. Returns the model that they are of."""
     row = "bert" if make.given.arm == "native" else "transformer-masked"
     label = NATIVE[row] if row in NATIVE else CONTROLLED[row][0]
     scratch = make.row("scratch", f"{label}, from scratch", control=True)
@@ -194,6 +220,7 @@ def _controls(make: Maker, routes: dict, models: dict[str, str]) -> None:
         column, labels = routes[on.column.name, "probe"].name, on.aligned | {"data.task.shuffled_labels": True}
         options = {"arguments": BEST_EPOCH, "column": column, "name": f"shuffled-{column}"}
         make.finetune(shuffled, on, models[row], "probe", labels, **options)
+    return models[row]
 
 
 def _tuned(routes: dict, row: str):

@@ -5,7 +5,7 @@
 
 | budget | points | hardware, time | expected |
 | --- | --- | --- | --- |
-| tiny | 10 pretraining, 80 on tasks | 2 CPU cores, 30 minutes | docs/ablations.md |
+| tiny | 10 pretraining, 80 on tasks | 2 CPU cores, 50 minutes | docs/ablations.md |
 | small | 10 pretraining, 240 on tasks | one accelerator, two hours | not measured yet |
 
 Checkpoints on the way of one run each, tuned on the task, at the same parts of the whole as the figure's: 3, 5, 10, 20,

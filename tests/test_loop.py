@@ -151,7 +151,7 @@ def test_a_stopped_run_resumes_as_if_never_stopped(kind, stop, uninterrupted, te
 
             patch.setattr(checkpoint.Checkpoints, "save", save)
         else:
-            patch.setattr(loop.Evaluator, "__call__", lambda self, params: interrupt())
+            patch.setattr(loop.Evaluator, "__call__", lambda self, params, stops: interrupt())
         with pytest.raises(KeyboardInterrupt):
             loop.train(config, workdir)
     loop.train(config, workdir)

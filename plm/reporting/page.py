@@ -203,14 +203,15 @@ def files(parts: Sequence[Part], kinds: Sequence[str]) -> dict[str, str]:
     CSV files NOTES, which has what stands below the tables; of several corpora those of each get its number. A second
     one of a name (a study of two roots) is `<name>-2`."""
     result, notes = {}, []
-    taken: Counter[str] = Counter()
+    taken: Counter[tuple[str, str]] = Counter()
     for part in parts:
         for block in (block for section in part.sections for block in section.blocks):
             if not isinstance(block, Table | Figure):
                 continue
             name = f"{part.mark}{block.name}"
-            taken[name] += 1
-            name += f"-{taken[name]}" if taken[name] > 1 else ""
+            kind = "figure" if isinstance(block, Figure) else "table"
+            taken[kind, name] += 1
+            name += f"-{taken[kind, name]}" if taken[kind, name] > 1 else ""
             if isinstance(block, Figure):
                 if "svg" in kinds:
                     result[f"{name}.svg"] = plots.standalone(block.svg)

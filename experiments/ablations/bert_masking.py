@@ -5,7 +5,7 @@
 
 | budget | points | hardware, time | expected |
 | --- | --- | --- | --- |
-| tiny | 30 pretraining, 90 on tasks | 2 CPU cores, an hour | docs/ablations.md |
+| tiny | 30 pretraining, 90 on tasks | 2 CPU cores, 50 minutes | docs/ablations.md |
 | small | 30 pretraining, 270 on tasks | one accelerator, four hours | not measured yet |
 
 Of the chosen pieces some become [MASK], some stay, some become a random piece. Features are the upper third of the

@@ -132,6 +132,7 @@ def _recipe(config, given, kind: str, source) -> None:
     """The head, the optimizer and what is frozen."""
     direction, objective = source.model.get("direction", "forward"), configs.OBJECTIVE_OF_KIND[kind]
     frozen = given.way in FROZEN_WAYS or (given.way == "paper" and direction == "both")
+    as_bert = given.way == "bert" or (given.way == "paper" and direction == "full")
     choices = given.choices or CHOICES.get(given.task, 2)
     head: dict = {"dropout": 0.1, "pooling": "first" if direction == "full" else "last"}
     pairs = "joined"
@@ -140,8 +141,10 @@ def _recipe(config, given, kind: str, source) -> None:
         head |= {"reads": reads, "pooling": "max", "lstm": 0 if given.way == "probe" else 128, "input_dropout": 0.1}
         head |= {"mix_penalty": 0.001} if given.way == "paper" else {}
         pairs = "apart"
-    elif given.way == "bert" or (given.way == "paper" and direction == "full"):
+    elif as_bert:
         head["pooler"] = objective in ("classify", "regress", "choose")
+        if objective == "span":
+            head["dropout"] = 0.0  # BERT's classifiers have it, its run_squad.py has none
     elif given.way == "paper":
         both = given.orders == "both" or (given.orders == "paper" and given.task in ALIKE)
         pairs = "both_orders" if both else "joined"
@@ -152,35 +155,35 @@ def _recipe(config, given, kind: str, source) -> None:
         head["choices"] = choices
     if objective in ("tag", "span"):
         head.pop("pooling")
-    if objective == "span" and (given.way == "bert" or (given.way == "paper" and direction == "full")):
-        head["dropout"] = 0.0  # BERT's classifiers have it, its run_squad.py has none
     configs.add_objective(config, objective, **head)
     if given.way == "paper" and direction == "forward" and "causal" in source.objectives and given.auxiliary:
         configs.add_objective(config, "causal", given.auxiliary / 100, per_row=True)
     rows = choices if objective == "choose" else 1 if head.get("pairs", "joined") == "joined" else 2
     # A word's last piece is the first that has seen all of it, reading from the left.
     settings = {"batch_size": 32 * rows, "data.task.word_piece": "first" if direction == "full" else "last"}
-    configs.apply(config, settings | _optimizer(given.way, direction, frozen))
+    rule = "frozen" if frozen else "bert" if as_bert else given.way
+    configs.apply(config, settings | _optimizer(rule, "full" if given.way == "bert" else direction))
     if frozen:
         quiet = ("dropout", "embedding_dropout", "attention_dropout")
         configs.apply(config, {f"model.{key}": 0.0 for key in quiet if key in config.model})
         config.optimizer.freeze = FROZEN
 
 
-def _optimizer(way: str, direction: str, frozen: bool) -> dict:
-    """The rule is the way's, in `full` one for all models; the rate is a beginning, and the model's."""
+def _optimizer(rule: str, direction: str) -> dict:
+    """rule: frozen, bert, paper (of what reads forward), or full, one for all models; the rate is a beginning, that of
+    how the model reads."""
     clip = {"optimizer.clip_norm": 1.0}
-    if frozen:
+    if rule == "frozen":
         return clip | {"optimizer.name": "adamw", "optimizer.peak_lr": 1e-3, "optimizer.schedule": "linear"}
-    if way == "bert" or (way == "paper" and direction == "full"):
-        rule = {"name": "bert_adam", "schedule": "bert_linear", "warmup_fraction": 0.1, "eps": 1e-6}
-    elif way == "paper":
-        rule = {"name": "gpt_adam", "schedule": "openai_linear", "warmup_fraction": 0.002}
+    if rule == "bert":
+        settings = {"name": "bert_adam", "schedule": "bert_linear", "warmup_fraction": 0.1, "eps": 1e-6}
+    elif rule == "paper":
+        settings = {"name": "gpt_adam", "schedule": "openai_linear", "warmup_fraction": 0.002}
     else:
-        rule = {"name": "adamw", "schedule": "linear", "warmup_fraction": 0.1}
-    rule["peak_lr"] = {"forward": 6.25e-5, "full": 5e-5, "both": 1e-3}["full" if way == "bert" else direction]
+        settings = {"name": "adamw", "schedule": "linear", "warmup_fraction": 0.1}
+    settings["peak_lr"] = {"forward": 6.25e-5, "full": 5e-5, "both": 1e-3}[direction]
     decay = {"optimizer.weight_decay": 0.01, "optimizer.decay": common.NO_DECAY_ON_BIAS_AND_NORM}
-    return clip | decay | {f"optimizer.{key}": value for key, value in rule.items()}
+    return clip | decay | {f"optimizer.{key}": value for key, value in settings.items()}
 
 
 def _layer_factors(layers: int, factor: float):

@@ -160,10 +160,13 @@ def test_tuning_tries_as_much_for_each(budget, monkeypatch):
     points, study = sweep.read_points(f"experiments/ablations/tuning.py:{budget}", epath.Path("runs/here"), given)
     assert study is None
     sweep.validate(points)
-    tried = {entry: sum(point.name.startswith(f"{entry}-") and "lr" in point.name for point in points)
-             for entry in tuning.ENTRIES}  # fmt: skip
-    tried = {entry: n - sum(tried[other] for other in tried if other.startswith(f"{entry}-"))
-             for entry, n in tried.items()}  # fmt: skip
+    tried = {
+        entry: sum(point.name.startswith(f"{entry}-") and "lr" in point.name for point in points)
+        for entry in tuning.ENTRIES
+    }
+    tried = {
+        entry: n - sum(tried[other] for other in tried if other.startswith(f"{entry}-")) for entry, n in tried.items()
+    }
     frozen = tried.pop("frozen")
     assert (frozen, set(tried.values())) == (3 * 3 * 2 * 2, {3 * 2 * 2})
     assert all((budget, entry) in common.TUNED for entry in tuning.ENTRIES)

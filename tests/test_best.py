@@ -42,8 +42,11 @@ def test_bad_settings_are_one_line(sources, task, tmp_path):  # noqa: F811
     with pytest.raises(UserError, match=r"eval.patience=3 needs checkpoint.keep_best"):
         make_best(config_of(sources / "pairs", task, eval__patience=3), ("loss",), ("f1",), evaluated=True)
     # Names of no evaluation: of both directions at once, of no next-token loss, of a part of the held-out examples.
-    for name, settings in (("classify_perplexity", {}), ("selects", {"eval__batches": 1}),
-                           ("accuracy", {"eval__batches": 1})):  # fmt: skip
+    for name, settings in (
+        ("classify_perplexity", {}),
+        ("selects", {"eval__batches": 1}),
+        ("accuracy", {"eval__batches": 1}),
+    ):
         config = config_of(sources / "pairs", task, checkpoint__keep_best=name, **settings)
         with pytest.raises(UserError, match=rf"keep_best='{name}' is no held-out number of this run: loss, classify"):
             loop.train(config, tmp_path / name)

@@ -243,8 +243,9 @@ def test_a_run_that_is_not_complete_has_no_result(root):
         assert [Path(place).name for place in results.missing] == ["model-new-seed2"]
         assert study_tables.summary(results, "new", "ppl").n == 4
     study = study_of()
-    study.columns = [dataclasses.replace(column, step=600) if column.name == "ppl" else column
-                     for column in study.columns]  # fmt: skip
+    study.columns = [
+        dataclasses.replace(column, step=600) if column.name == "ppl" else column for column in study.columns
+    ]
     paths = {path.name: path for folder in (root, root.parent / "shared") for path in folder.iterdir()}
     write_study(root, study, paths)
     assert Results(studies.read(root)).missing == []
@@ -262,8 +263,9 @@ def test_a_family_counts_its_tests_that_are_still_to_come(root):
     study = study_of()
     later = Claim("C5", "later", difference("new", "random", study.column("at_1")), standardised=True, family="primary")
     study.claims.append(later)
-    adjusted = study_tables._adjusted(study.claims, [study_tables.measure(Results(studies.read(root)), claim)
-                                                     for claim in study.claims[:4]] + [None])  # fmt: skip
+    results = Results(studies.read(root))
+    measured = [study_tables.measure(results, claim) for claim in study.claims[:4]]
+    adjusted = study_tables._adjusted(study.claims, [*measured, None])
     assert adjusted[3] == 0.125
     assert adjusted[4] is None
 

@@ -13,6 +13,8 @@ whole model tuned. "The last four" of the paper's twelve layers are the upper th
 uses the four-layer model of table 6. `weighted sum` is a learned mix of the layers without the embedding.
 """
 
+from typing import Any
+
 from experiments.ablations.bert_sizes import BERT, SIZES, pretrain
 from experiments.ablations.common import Maker, Quantity
 from plm.reporting.studies import difference
@@ -38,6 +40,17 @@ ROWS = (
 )
 
 
+def upper_third(layers: int) -> tuple[int, ...]:
+    """The paper's last four of twelve."""
+    return tuple(range(-max(2, round(layers / 3)), 0))
+
+
+def under_bilstm(objective: str, reads: str, layers: tuple[int, ...], width: int) -> dict[str, Any]:
+    """Settings of a head that reads these layers under two BiLSTM layers of the model's width."""
+    head = f"objectives.{objective}"
+    return {f"{head}.reads": reads, f"{head}.layers": layers, f"{head}.lstm": width, f"{head}.lstm_layers": 2}
+
+
 def sweep(add, arguments: str = ""):
     make = Maker(
         add,
@@ -51,21 +64,19 @@ def sweep(add, arguments: str = ""):
     )
     layers, width, _ = SIZES[make.budget][BERT]
     model = pretrain(make, BERT)
-    third = max(2, round(layers / 3))
+    upper = upper_third(layers)
     chosen = {
         "embeddings": ("mix", (0,)),
         "second_to_last": ("mix", (-2,)),
         "last": ("mix", (-1,)),
-        "sum_last": ("mix", tuple(range(-third, 0))),
-        "concat_last": ("concat", tuple(range(-third, 0))),
+        "sum_last": ("mix", upper),
+        "concat_last": ("concat", upper),
         "sum_all": ("mix", tuple(range(1, layers + 1))),
     }
     (on,) = make.on_tasks
     make.finetune("tuned", on, model, "bert")
     for row, (reads, own) in chosen.items():
-        head = f"objectives.{on.objective}"
-        features = {f"{head}.reads": reads, f"{head}.layers": own, f"{head}.lstm": width, f"{head}.lstm_layers": 2}
-        make.finetune(row, on, model, "features", features)
+        make.finetune(row, on, model, "features", under_bilstm(on.objective, reads, own, width))
     column = on.column
     make.claim("B7", "side by side is better than the last layer", difference("concat_last", "last", column))
     make.claim("B7", "the last layer is better than the embeddings", difference("last", "embeddings", column))

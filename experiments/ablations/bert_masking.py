@@ -13,6 +13,7 @@ layers side by side under a BiLSTM, as in table 7, whose numbers are not compara
 apart for the same setting).
 """
 
+from experiments.ablations.bert_features import under_bilstm, upper_third
 from experiments.ablations.common import Maker, Quantity
 from plm.reporting.studies import difference
 
@@ -53,10 +54,8 @@ def sweep(add, arguments: str = ""):
     features = make.copy_column(
         tags.column, "features", "NER, features", {r: n["features"] for r, n in NUMBERS.items()}
     )
-    third, width = {"tiny": (2, 128), "small": (3, 384), "paper": (4, 768)}[make.budget]
-    head = f"objectives.{tags.objective}"
-    on_top = {f"{head}.reads": "concat", f"{head}.layers": tuple(range(-third, 0)), f"{head}.lstm": width}
-    on_top[f"{head}.lstm_layers"] = 2
+    layers, width = {"tiny": (2, 128), "small": (8, 384), "paper": (12, 768)}[make.budget]  # of `bert`
+    on_top = under_bilstm(tags.objective, "concat", upper_third(layers), width)
     for row, (mask, keep, random) in SHARES.items():
         make.row(row, f"{100 * mask:g}% [MASK], {100 * keep:g}% same, {100 * random:g}% random")
         shares = {"objectives.masked.mask": mask, "objectives.masked.keep": keep, "objectives.masked.random": random}

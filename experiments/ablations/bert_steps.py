@@ -49,9 +49,8 @@ def sweep(add, arguments: str = ""):
         columns.append(make.add_column(column, {row: values[number] for row, values in NUMBERS.items()}))
     for row, model in models.items():
         for step, column in zip(steps, columns, strict=True):
-            start = (model.removesuffix("-512"), step) if step in kept else (model, None)
-            name = f"{row}-{column.name}"
-            make.finetune(row, on, start[0], "bert", column=column.name, name=name, step=start[1])
+            source, at = (model.removesuffix("-512"), step) if step in kept else (model, None)
+            make.finetune(row, on, source, "bert", column=column.name, name=f"{row}-{column.name}", step=at)
     labels = dict(ROWS)
     make.draw(
         Drawing(

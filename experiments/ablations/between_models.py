@@ -65,17 +65,19 @@ FACTS = [
 
 
 def sweep(add, arguments: str = ""):
-    native = "arm=native" in arguments.split(",")
     make = Maker(
         add,
         arguments,
-        name=f"between_models{'_native' if native else ''}",
-        title="ELMo, GPT and BERT as published" if native else "ELMo, GPT and BERT on equal terms",
+        name="between_models",
+        title="ELMo, GPT and BERT on equal terms",
         source="not in the papers; docs/protocol.md",
         rows=(),
         quantities=QUANTITIES,
         arm=("controlled", "native"),
     )
+    native = make.given.arm == "native"
+    if native:
+        make.study.name, make.study.title = "between_models_native", "ELMo, GPT and BERT as published"
     make.study.facts, on_tasks = FACTS, make.on_tasks
     make.study.columns = []
     routes = {}

@@ -105,9 +105,9 @@ def evaluate(predictor: Predictor) -> list[Scored]:
 
 
 def majority(task: TaskData, examples: Sequence[Example]) -> dict[str, float]:
-    """{metric: value} of always answering with the commonest class of the training examples; {} where an answer is no
-    class, or nothing is labelled."""
-    if task.task.kind in ("span", "similarity") or not all(has_gold(task.task, example) for example in examples):
+    """{metric: value} of always answering labelled examples with the commonest class of the training examples; {} where
+    an answer is no class."""
+    if task.task.kind in ("span", "similarity"):
         return {}
     train = task.examples("train") if "train" in task.splits else ()
     predictions = task_metrics.majority(train, examples)
@@ -120,7 +120,7 @@ def _scored(split: TaskSplit, predictions: list) -> Scored:
     values = task_results.score(split, predictions) if labelled else {}
     counts = task_metrics.counts(task.task, split.examples, predictions, task.labels) if labelled else {}
     text = task_metrics.submission(task.task, split.examples, predictions, task.labels)
-    always = majority(task, split.examples)
+    always = majority(task, split.examples) if labelled else {}
     return Scored(split.name, [example.id for example in split.examples], values, counts, always, text)
 
 

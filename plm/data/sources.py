@@ -324,13 +324,13 @@ def scan(path: str) -> Scan:
 
 def digest(path: str) -> str:
     """`Scan.digest` alone, of a file that holds no text."""
-    return _once(path, "digest", lambda: _digest_of(path), "digest")
+    return _once(path, "digest", lambda: _digest_of(path))
 
 
-def _once(path: str, name: str, make: Callable[[], Any], *more: str) -> Any:
-    """What `make` finds in a file, remembered in the cache by path, size and time of change (and `more`)."""
+def _once(path: str, name: str, make: Callable[[], Any]) -> Any:
+    """What `make` finds in a file, remembered in the cache under this name by path, size and time of change."""
     status = os.stat(path)
-    key = [*more, VERSION, os.path.abspath(path), status.st_size, status.st_mtime_ns]
+    key = [name, VERSION, os.path.abspath(path), status.st_size, status.st_mtime_ns]
     remembered = cache_directory() / "scans" / f"{stable_hash(*key, bits=128):032x}.json"
     try:
         record = json.loads(remembered.read_text("utf-8"))
@@ -380,14 +380,11 @@ def _scan(path: str) -> Scan:
 
 
 def _digest_of(path: str) -> str:
-    found = hashlib.blake2b(digest_size=16)
     try:
         with open_bytes(path) as stream:
-            while block := stream.read(1 << 16):
-                found.update(block)
+            return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     except DAMAGED as error:
         raise _damaged(path, error) from None
-    return found.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,8 @@ class Results:
 
     def __init__(self, study: Study):
         self.study = study
-        self._read, self._facts = functools.cache(_rows), functools.cache(_run_facts)
+        self._read = functools.cache(_rows)
+        self.facts = functools.cache(_facts)  # of a place: run.json, {} where there is none
         columns = {column.name: column for column in study.columns}
         self.values = {
             (row, column): [value for cell in own if (value := self._value(cell, columns[column])) is not None]
@@ -254,10 +255,6 @@ class Results:
         rows = (row for cell in cells for row in self._read(cell.place) if row.get("metric") == metric)
         return max((row["value"] for row in rows), default=0.0)
 
-    def facts(self, place: str) -> dict:
-        """run.json of a cell's run, {} where there is none."""
-        return self._facts(place)
-
     @property
     def missing(self) -> list[str]:
         """The places of cells without a number."""
@@ -277,7 +274,7 @@ class Results:
         return [float(np.mean([value.value for value in own])) for own in self.by_seed(row, column).values()]
 
 
-def _run_facts(place: str) -> dict:
+def _facts(place: str) -> dict:
     try:
         facts = json.loads((epath.Path(place) / "run.json").read_text())
     except (OSError, ValueError):

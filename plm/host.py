@@ -54,7 +54,7 @@ def keep_programs() -> None:
     """
     import jax
 
-    from plm.data.sources import cache_directory
+    from plm.cache import cache_directory
 
     if jax.config.jax_compilation_cache_dir is not None:
         return

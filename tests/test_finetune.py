@@ -11,8 +11,8 @@ from fixtures import children, corpus
 from fixtures.children import ROOT, RUNS
 
 from plm.analysis import suites, task_suite
+from plm.cache import cache_directory
 from plm.data import static_vectors, tasks
-from plm.data.sources import cache_directory
 from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
 from plm.inference import model as models

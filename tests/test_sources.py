@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from plm.data import sources
+from plm.data import corpora, pydocs, tensorflow_datasets, text_files
 from plm.data.sources import Document, Source, parse, split_of
 from plm.errors import UserError
 
@@ -52,14 +52,14 @@ def sentences(source):
 @pytest.mark.parametrize("suffix", [".txt", ".gz", ".xz"])
 @pytest.mark.parametrize("shard_bytes", [7, 40, 333, 1 << 20])
 def test_shards_hold_every_document_once_in_order(tmp_path, monkeypatch, suffix, shard_bytes):
-    monkeypatch.setattr(sources, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(corpora, "SHARD_BYTES", shard_bytes)
     for seed in range(5):
         documents = corpus(seed, 25)
         path = write(tmp_path / f"{seed}{suffix}", as_text(documents, random.Random(seed)))
         source = parse(f"text:{path}")
         shards = pickle.loads(pickle.dumps(source.shards()))
         assert [list(d.sentences) for shard in shards for d in shard.documents()] == documents
-        most = sources.COMPRESSED_SHARDS if suffix != ".txt" else 10**9
+        most = text_files.COMPRESSED_SHARDS if suffix != ".txt" else 10**9
         assert shard_bytes > 1000 or min(most, 10) <= len(shards) <= most
         records = "".join(json.dumps({"t": "\n".join(d)}, ensure_ascii=False) + "\n" for d in documents)
         path = write(tmp_path / f"{seed}.jsonl{suffix if suffix != '.txt' else ''}", records)
@@ -78,9 +78,9 @@ def test_small_files_share_a_shard_and_several_globs_are_one_source(tmp_path):
 
 @pytest.mark.parametrize("invalid_utf8", ["error", "replace"])
 def test_huge_documents_and_lines_come_in_bounded_parts_and_lose_nothing(tmp_path, monkeypatch, invalid_utf8):
-    monkeypatch.setattr(sources, "PART_BYTES", 500)
-    monkeypatch.setattr(sources, "LINE_BYTES", 100)
-    monkeypatch.setattr(sources, "SHARD_BYTES", 64)
+    monkeypatch.setattr(corpora, "PART_BYTES", 500)
+    monkeypatch.setattr(text_files, "LINE_BYTES", 100)
+    monkeypatch.setattr(corpora, "SHARD_BYTES", 64)
     line = "é東 " * 700 + "ü" * 700  # pieces end at spaces, and between characters where there is none
     path = write(tmp_path / "huge.txt", f"first\n\n{line}\nlast line\n\nsecond\n")
     found = list(parse(f"text:{path}", invalid_utf8=invalid_utf8).documents())
@@ -107,8 +107,8 @@ def test_running_text_is_split_into_sentences(tmp_path):
 
 def test_an_unclosed_quotation_mark_does_not_swallow_the_text():
     text = 'He said "this is never closed. ' + "One sentence of words. " * 2000
-    found = sources.split_sentences(text)
-    assert max(map(len, found)) <= sources.WINDOW
+    found = corpora.split_sentences(text)
+    assert max(map(len, found)) <= corpora.WINDOW
     assert len(found) > 1800
     assert " ".join(found) == text.strip()
 
@@ -143,7 +143,7 @@ def test_json_fields(tmp_path):
     ],
 )
 def test_a_bad_record_is_named_by_file_and_line(tmp_path, monkeypatch, line, field, message):
-    monkeypatch.setattr(sources, "SHARD_BYTES", 16)
+    monkeypatch.setattr(corpora, "SHARD_BYTES", 16)
     good = '{"t": {"v": "x"}}' if "." in field else '{"t": "good text"}'
     write(tmp_path / "x.jsonl", f"{good}\n\n{good}\n{line}\n{good}\n")
     with pytest.raises(UserError) as error:
@@ -172,7 +172,7 @@ def test_invalid_bytes_are_counted_in_one_pass(tmp_path, monkeypatch):
     # Sequences over the borders of blocks of 65,536 bytes, a U+FFFD that the text has, a byte before one.
     parts = [b"ok \xff" * 20_000, "\ufffd東".encode() * 30_000, b"\xe1" + "\ufffd".encode(), b"\xf0\x9f", b"a" * 70_000]
     data = b"".join(parts) + b"\xe6\x9d"
-    found = sources._scan(str(write(tmp_path / "a.txt", data)))
+    found = text_files._scan(str(write(tmp_path / "a.txt", data)))
     text = data.decode("utf-8", "replace")
     assert (found.invalid, found.first_invalid) == (20_000 + 1 + 1 + 1, 3)
     assert found.invalid == text.count("\ufffd") - data.count("\ufffd".encode())
@@ -181,13 +181,13 @@ def test_invalid_bytes_are_counted_in_one_pass(tmp_path, monkeypatch):
 
 def test_files_that_hold_no_text_are_only_digested(tmp_path, monkeypatch):
     path = str(write(tmp_path / "a.array_record", bytes(range(256)) * 300))
-    wanted = sources._scan(path).digest
-    monkeypatch.setattr(sources, "_scan", lambda path: pytest.fail("read as text"))
-    source = object.__new__(sources.TensorFlowDataset)
+    wanted = text_files._scan(path).digest
+    monkeypatch.setattr(text_files, "_scan", lambda path: pytest.fail("read as text"))
+    source = object.__new__(tensorflow_datasets.TensorFlowDataset)
     source.split, source.field, source.info = "train", "text", types.SimpleNamespace(filepaths=[path])
-    assert source.fingerprint == sources._digest("tfds", "train", "text", sources.splitter(), wanted)
-    monkeypatch.setattr(sources, "_digest_of", lambda path: pytest.fail("read again"))
-    assert sources.digest(path) == wanted
+    assert source.fingerprint == corpora.fingerprint_of("tfds", "train", "text", corpora.splitter(), wanted)
+    monkeypatch.setattr(text_files, "_digest_of", lambda path: pytest.fail("read again"))
+    assert text_files.digest(path) == wanted
 
 
 def test_a_mixture_repeats_whole_passes_and_takes_fixed_subsets(tmp_path):
@@ -248,8 +248,8 @@ def test_tensorflow_datasets_without_tensorflow(tmp_path):
         from tiny_corpus.tiny_corpus import Builder
         builder = Builder(data_dir={str(tmp_path)!r}, file_format="array_record")
         builder.download_and_prepare()
-        from plm.data import sources
-        sources.SHARD_BYTES = builder.info.splits["train"].num_bytes // 3
+        from plm.data import corpora, sources
+        corpora.SHARD_BYTES = builder.info.splits["train"].num_bytes // 3
         from plm.errors import UserError
         where = str(builder.data_dir)
         read = {{}}
@@ -283,7 +283,7 @@ def test_tensorflow_datasets_without_tensorflow(tmp_path):
     assert "field 'label' holds int" in read["tfds:DIR#label"]
 
 
-class Shouting(sources.Shard):
+class Shouting(corpora.Shard):
     bytes = 10
 
     def documents(self):
@@ -385,7 +385,7 @@ This is a table row
 
 
 def test_python_documentation_is_cleaned_to_prose():
-    assert sources.prose(MARKUP) == [
+    assert pydocs.prose(MARKUP) == [
         "This is the text that should stay, with code and a link inside, broken into two lines.",
         "(It is also kept.)",
         "A bullet is a sentence too.",
@@ -399,15 +399,15 @@ def test_python_documentation_is_cleaned_to_prose():
 
 def test_another_sentence_splitter_reads_python_documentation_anew(monkeypatch):
     def fingerprint() -> str:
-        source = sources.PythonDocumentation()
+        source = pydocs.PythonDocumentation()
         source.files = [("json", json.__file__)]
         return source.fingerprint
 
     before = fingerprint()
-    monkeypatch.setattr(sources, "splitter", lambda: "another one")
+    monkeypatch.setattr(pydocs, "splitter", lambda: "another one")
     assert fingerprint() == before, "it is of the sentences"
-    monkeypatch.setattr(sources, "splitter", lambda: "a third")
-    monkeypatch.setattr(sources, "split_sentences", lambda text: [text])
+    monkeypatch.setattr(pydocs, "splitter", lambda: "a third")
+    monkeypatch.setattr(pydocs, "split_sentences", lambda text: [text])
     assert fingerprint() != before
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from plm.cache import cache_directory
 from plm.data import pipeline, store, tokenizers
-from plm.data.sources import Document, Shard, Source, cache_directory, split_of
+from plm.data.sources import Document, Shard, Source, split_of
 from plm.errors import UserError
 
 

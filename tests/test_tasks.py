@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from plm.analysis.overlap import overlaps
-from plm.data import docstrings, sources, tasks
+from plm.data import corpora, docstrings, pydocs, sources, tasks
 from plm.data.examples import Answer, Example, fraction, halves
 from plm.errors import UserError
 
@@ -559,7 +559,7 @@ def test_embedded_tasks_share_no_text_between_splits_and_with_the_corpus_without
     whole, without = sources.parse("pydocs"), sources.parse("pydocs#without_tasks")
     kept = {module for module, _ in without.files}
     assert {module for module, _ in whole.files} - kept >= {e.id.partition(":")[0] for e in package.examples("test")}
-    assert not any(module.partition(".")[0] in sources.TASK_PACKAGES for module in kept)
+    assert not any(module.partition(".")[0] in pydocs.TASK_PACKAGES for module in kept)
     assert "topics" in kept or "topics" not in {module for module, _ in whole.files}
     assert whole.spec == "pydocs"
     documents = [d.sentences for shard in without.shards() for d in shard.documents()]
@@ -585,7 +585,7 @@ def test_the_text_of_a_task_is_a_corpus(tmp_path, monkeypatch):
     assert [d.sentences for d in source.documents()] == [("One.", "Two here."), ("Three.",)]
     assert source.fingerprint == sources.parse(f"task:sst2,files={tmp_path}").fingerprint
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "splitter", lambda: "another one")
+        patch.setattr(corpora, "splitter", lambda: "another one")
         assert source.fingerprint != sources.parse(f"task:sst2,files={tmp_path}").fingerprint
     mixed = sources.parse(f"task:sst2,files={tmp_path}+0.5*pydocs#without_tasks")
     assert [weight for weight, _ in mixed.terms] == [1.0, 0.5]
@@ -602,7 +602,7 @@ def test_tensorflow_datasets_by_the_names_that_users_have(tmp_path):
         import json, sys
         from pathlib import Path
         import tensorflow_datasets as tfds
-        from plm.data import sources, tasks
+        from plm.data import tasks, tensorflow_datasets
 
         class Made(tfds.core.GeneratorBasedBuilder):
             VERSION = tfds.core.Version("1.0.0")
@@ -618,7 +618,7 @@ def test_tensorflow_datasets_by_the_names_that_users_have(tmp_path):
                 pass
 
         def prepare(name, like, rows):
-            Made.features = sources.tfds_builder("", like, prepare=False).info.features
+            Made.features = tensorflow_datasets.tfds_builder("", like, prepare=False).info.features
             Made.rows = rows
             builder = Made(data_dir={str(tmp_path)!r} + "/" + name, file_format="array_record")
             builder.download_and_prepare()
@@ -629,7 +629,7 @@ def test_tensorflow_datasets_by_the_names_that_users_have(tmp_path):
             for layout in task.layouts:
                 if not layout.dataset or layout.dataset == "super_glue/wic":  # its module imports tensorflow
                     continue
-                features = sources.tfds_builder("", layout.dataset, prepare=False).info.features
+                features = tensorflow_datasets.tfds_builder("", layout.dataset, prepare=False).info.features
                 # RACE and Story Cloze keep several questions or choices in one column.
                 wanted = [*layout.text, layout.label] if layout.reader == "tfds" else []
                 missing += [(task.name, name) for name in wanted if name.split("|")[0] not in features]

@@ -27,9 +27,8 @@ import optax
 
 from plm.analysis import features, task_metrics
 from plm.analysis.results import MAJORITY, Table, layer_name, row
-from plm.data import sources
+from plm.cache import cache_directory, writable
 from plm.data.examples import Example, fraction
-from plm.data.store import writable
 from plm.data.tasks import TaskData
 from plm.errors import UserError
 from plm.models import scalar_mix
@@ -293,7 +292,7 @@ def measure(
     def score(flat: np.ndarray) -> float:
         return metric(selecting, grouped(data, selecting, flat), data.labels)
 
-    folder = sources.cache_directory() / "probes"
+    folder = cache_directory() / "probes"
     with writable(folder):
         learn, select, report = (embed(model, data, part, folder, done) for part in (train, selecting, reported))
         return {

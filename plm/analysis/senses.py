@@ -27,9 +27,9 @@ from pathlib import Path
 import numpy as np
 
 from plm.data import reading, static_vectors
-from plm.data.store import Progress
 from plm.errors import UserError
 from plm.inference import lines
+from plm.progress import Progress
 from plm.randomness import stable_hash
 
 AROUND = "\"'`.,;:!?()[]{}<>*_-“”‘’…"

@@ -23,6 +23,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -41,14 +42,15 @@ from plm.analysis import (
     zero_shot,
 )
 from plm.analysis.results import MAJORITY, Table, layer_name
+from plm.cache import cache_directory, locked, once, writable
 from plm.data import sources
 from plm.data.examples import COPIED_WORDS
 from plm.data.pipeline import Corpus, open_corpus, open_text
-from plm.data.store import Progress, locked, writable
 from plm.data.tasks import TaskData
 from plm.errors import UserError
 from plm.inference.model import Model, is_run, load, read_run
 from plm.models.task_heads import chosen_layers
+from plm.progress import Progress
 from plm.randomness import stable_hash
 from plm.training import checkpoint, metrics
 from plm.training.loop import make_evaluator
@@ -196,19 +198,19 @@ class Run:
         """{"pairs": [pseudo_words.Pair], "samples": as `samples.choose` gives them} of the run's text."""
         pair_settings, sample_settings = SUITES["pseudo_words"].settings, SUITES["samples"].settings
         key = (VERSION, READ_CHARACTERS, pair_settings, sample_settings, self.corpus.meta["fingerprint"])
-        path = sources.cache_directory() / "held_out" / f"{stable_hash('held-out text', *key, bits=128):032x}.json"
-        if not path.exists():
-            with writable(path.parent), locked(path):
-                if not path.exists():
-                    held_out: list[Sequence[str]] = []
-                    # `choose` counts the training text before it looks at the held-out one, which is there by then.
-                    pairs = pseudo_words.choose(self._train_documents(held_out), held_out, pair_settings)
-                    found = {
-                        "pairs": [dataclasses.asdict(pair) for pair in pairs],
-                        "samples": samples.choose(held_out, sample_settings),
-                    }
-                    metrics.write_atomically(path, json.dumps(found))
-        found = json.loads(path.read_text("utf-8"))
+
+        def choose(path: Path) -> None:
+            held_out: list[Sequence[str]] = []
+            # `choose` counts the training text before it looks at the held-out one, which is there by then.
+            pairs = pseudo_words.choose(self._train_documents(held_out), held_out, pair_settings)
+            chosen = {
+                "pairs": [dataclasses.asdict(pair) for pair in pairs],
+                "samples": samples.choose(held_out, sample_settings),
+            }
+            path.write_text(json.dumps(chosen), "utf-8")
+
+        name = f"{stable_hash('held-out text', *key, bits=128):032x}.json"
+        found = json.loads(once(cache_directory() / "held_out" / name, choose).read_text("utf-8"))
         return {"pairs": [_pair(pair) for pair in found["pairs"]], "samples": found["samples"]}
 
     def _train_shards(self) -> list:
@@ -406,16 +408,17 @@ def _overlaps(run: Run, settings: Mapping, data: TaskData, *, at_once: bool = Fa
     corpus read it once. at_once: {} for what is not there yet and would take more than seconds."""
     trained_on = run.facts.get("corpus", {}).get("fingerprint") or run.corpus.meta["fingerprint"]
     key = (VERSION, dict(settings), trained_on, data.fingerprint)
-    path = sources.cache_directory() / "overlaps" / f"{stable_hash('overlap', *key, bits=128):032x}.json"
-    if not path.exists():
-        if at_once and run.train_bytes() > READ_BYTES:
-            return {}
+    path = cache_directory() / "overlaps" / f"{stable_hash('overlap', *key, bits=128):032x}.json"
+    if at_once and not path.exists() and run.train_bytes() > READ_BYTES:
+        return {}
+
+    def count(path: Path) -> None:
         _ = run.corpus  # an error for text that has changed since
-        with writable(path.parent), locked(path):
-            if not path.exists():
-                splits = {split: data.examples(split) for split in data.splits}
-                found = overlap.overlaps(splits, run.train_documents(), length=settings["length"])
-                metrics.write_atomically(path, json.dumps({name: vars(one) for name, one in found.items()}))
+        splits = {split: data.examples(split) for split in data.splits}
+        found = overlap.overlaps(splits, run.train_documents(), length=settings["length"])
+        path.write_text(json.dumps({name: vars(one) for name, one in found.items()}), "utf-8")
+
+    once(path, count)
     return {name: overlap.Overlap(**one) for name, one in json.loads(path.read_text("utf-8")).items()}
 
 

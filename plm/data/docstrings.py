@@ -9,7 +9,7 @@
     docstring_span        where in four such sentences, written one after the other, the signature's own stands.
     docstring_names       which words of a docstring name a parameter of its function, which is not shown.
 
-The packages are `sources.TASK_PACKAGES`. `pydocs#without_tasks` is the corpus without them and without the sentences
+The packages are `pydocs.TASK_PACKAGES`. `pydocs#without_tasks` is the corpus without them and without the sentences
 elsewhere that share a run of eight words with them (`is_copied`), so a model pretrained on it has seen neither side of
 the tasks. A text that occurs more than once (the same docstring in several classes) is in neither task. The examples
 depend on the Python version, as `pydocs` does.
@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from plm.data.examples import COPIED_WORDS, words
-from plm.data.sources import TASK_PACKAGES, PythonDocumentation, prose
+from plm.data.pydocs import TASK_PACKAGES, PythonDocumentation, prose
 from plm.data.task_files import Record
 from plm.errors import UserError
 from plm.randomness import generator, stable_hash

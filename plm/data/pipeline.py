@@ -10,12 +10,14 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
+from plm.cache import cache_directory, once
 from plm.data import sources, static_vectors, store, tasks, tokenizers
 from plm.data.examples import Example, fraction
 from plm.data.task_rows import TaskRows, TaskSplit, with_task_tokens
 from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
 from plm.models.char_cnn import MAX_CHARACTERS
+from plm.progress import Progress
 from plm.randomness import stable_hash
 
 ROWS = PartitionSpec(("data", "fsdp"))
@@ -174,19 +176,13 @@ def _trained_on(source: sources.Source, wanted, valid_fraction: float, progress:
     """A vocabulary of the held-in documents of a source, remembered by corpus and settings."""
     settings = (wanted.kind, wanted.vocab, wanted.lowercase, wanted.pretokenized, valid_fraction)
     name = f"{stable_hash('vocabulary', tokenizers.VERSION, source.fingerprint, *settings, bits=128):032x}"
-    directory = sources.cache_directory() / "vocabularies" / name
-    whole = directory / "tokenizer_settings.json"
-    if not whole.exists():
-        # Processes that begin together wait for the first one, which reads the corpus for all.
-        with store.writable(directory.parent), store.locked(directory):
-            if not whole.exists():
-                _train(source, wanted, valid_fraction, progress).save(directory)
-    return Tokenizer.load(directory)
+    path = cache_directory() / "vocabularies" / name
+    return Tokenizer.load(once(path, lambda path: _train(source, wanted, valid_fraction, progress).save(path)))
 
 
 def _train(source: sources.Source, wanted, valid_fraction: float, progress: bool) -> Tokenizer:
     shards = source.shards()
-    bar = store.Progress("vocabulary", sum(shard.bytes for shard in shards), unit="B", enabled=progress)
+    bar = Progress("vocabulary", sum(shard.bytes for shard in shards), unit="B", enabled=progress)
 
     def sentences():
         for shard in shards:

@@ -32,14 +32,15 @@ import functools
 import importlib
 import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from plm.data.store import NpyWriter, Progress, Split, locked, writable
+from plm.cache import once
+from plm.data.store import NpyWriter, Split
 from plm.errors import UserError
+from plm.progress import Progress
 from plm.randomness import generator, stable_hash
 
 SETTINGS = {
@@ -436,17 +437,13 @@ DOCUMENTS_AT_ONCE = 1 << 12
 def _planned_pairs(split: Split, key: dict) -> Path:
     """The folder of the plan of these settings, made if it is not there yet."""
     folder = split.directory / "plans" / f"pairs-{stable_hash(json.dumps(key, sort_keys=True), bits=64):016x}"
-    if (folder / "plan.json").is_file():
-        return folder
-    with writable(folder.parent), locked(folder):
-        if not (folder / "plan.json").is_file():
-            temporary = folder.with_name(folder.name + ".tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            counts = _plan_pairs(split, key, temporary)
-            (temporary / "plan.json").write_text(json.dumps({"key": key, "counts": counts}, indent=1), "utf-8")
-            temporary.rename(folder)
-    return folder
+
+    def make(temporary: Path) -> None:
+        temporary.mkdir()
+        counts = _plan_pairs(split, key, temporary)
+        (temporary / "plan.json").write_text(json.dumps({"key": key, "counts": counts}, indent=1), "utf-8")
+
+    return once(folder, make)
 
 
 def _plan_pairs(split: Split, key: dict, folder: Path) -> dict:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from plm.cache import cache_directory, once
 from plm.data import sources
-from plm.data.sources import DAMAGED, open_bytes
+from plm.data.text_files import DAMAGED, open_bytes
 from plm.errors import UserError
 from plm.randomness import stable_hash
 
@@ -53,27 +54,22 @@ def read(path: str, setting: str):
 
 def _trained(spec: str) -> Path:
     """The file of word2vec's vectors on a corpus, made if it is not there."""
-    from gensim.models import Word2Vec
-
-    from plm.data.store import locked, writable
-
     source = sources.parse(spec)
     name = stable_hash("word2vec", source.fingerprint, *sorted(SETTINGS.items()), bits=128)
-    path = sources.cache_directory() / "word2vec" / f"{name:032x}.bin"
-    if not path.exists():
-        with writable(path.parent), locked(path):
-            if not path.exists():
-                with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".txt", encoding="utf-8") as text:
-                    # gensim reads the corpus in every epoch: from one file of words, however slow the source is.
-                    for document in source.documents():
-                        for sentence in document.sentences:
-                            text.write(" ".join(_PARTS.findall(sentence)) + "\n")
-                    text.flush()
-                    model = Word2Vec(corpus_file=text.name, workers=1, **SETTINGS)
-                partial = path.with_suffix(".partial")
-                model.wv.save_word2vec_format(str(partial), binary=True)
-                partial.replace(path)
-    return path
+    return once(cache_directory() / "word2vec" / f"{name:032x}.bin", lambda path: _train(source, path))
+
+
+def _train(source: sources.Source, path: Path) -> None:
+    from gensim.models import Word2Vec
+
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".txt", encoding="utf-8") as text:
+        # gensim reads the corpus in every epoch: from one file of words, however slow the source is.
+        for document in source.documents():
+            for sentence in document.sentences:
+                text.write(" ".join(_PARTS.findall(sentence)) + "\n")
+        text.flush()
+        model = Word2Vec(corpus_file=text.name, workers=1, **SETTINGS)
+    model.wv.save_word2vec_format(str(path), binary=True)
 
 
 def tables(path: str, vocabularies: Sequence[Sequence[str]], setting: str) -> list[np.ndarray]:

@@ -21,7 +21,6 @@ While it is built a store needs the disk twice; the parts hold 4 bytes a token.
 import concurrent.futures
 import concurrent.futures.process
 import contextlib
-import fcntl
 import functools
 import itertools
 import json
@@ -33,16 +32,16 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from plm.cache import cache_directory, locked, writable
 from plm.data import sources
 from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
+from plm.progress import Progress
 from plm.randomness import stable_hash
 
 VERSION = 1  # raise it whenever the same text and tokenizer would give other arrays
@@ -159,7 +158,7 @@ def build(
     how = f"all in {split}" if split else float(valid_fraction)
     corpus_fingerprint = _hex(source.fingerprint, how)
     fingerprint = _hex(source.fingerprint, tokenizer.fingerprint, how, VERSION)
-    directory = sources.cache_directory() / "stores" / fingerprint
+    directory = cache_directory() / "stores" / fingerprint
     store = _open(directory, tokenizer)
     if store is not None:
         return store
@@ -212,44 +211,6 @@ def _open(directory: Path, tokenizer) -> Store | None:
 # Files
 
 
-@contextlib.contextmanager
-def writable(directory: Path) -> Iterator[None]:
-    """Makes the folder; being refused, there or below, becomes one line about the cache."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        yield
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise UserError(f"the cache cannot be written ({error}): set PLM_CACHE to a folder of yours") from error
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds `path.lock` while inside; the kernel lets go of it when a process dies, however it dies."""
-    with open(path.with_name(path.name + ".lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _refuse_in_worker()
-            print(f"waiting for another process that is making {path}", file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _refuse_in_worker() -> None:
-    """Ends a worker that imports its parent's script and so comes to make what the parent is making: both would wait.
-
-    `_inheriting` is how the standard library itself knows this moment.
-    """
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        print(
-            "error: this script opens a corpus when it is imported, and the processes that tokenise import it: put its"
-            ' work below if __name__ == "__main__":',
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)
-
-
 class NpyWriter:
     """A .npy file of unknown length, written by appending: the header is filled in at the end."""
 
@@ -274,44 +235,6 @@ class NpyWriter:
         self.file.seek(0)
         self.file.write(start + text.ljust(self.HEADER - 11) + b"\n")
         self.file.close()
-
-
-# Progress
-
-
-class Progress:
-    """A bar with rate and time left on a terminal, else a line every `PERIOD` seconds."""
-
-    PERIOD = 10.0
-
-    def __init__(self, label: str, total: int, *, unit: str, enabled: bool):
-        self.label, self.total, self.unit, self.n = label, total, unit, 0
-        self.started = self.printed = time.monotonic()
-        terminal = sys.stderr.isatty()
-        self.lines = enabled and not terminal
-        self.bar = tqdm(
-            total=total, desc=label, unit=unit, unit_scale=True, disable=not (enabled and terminal), file=sys.stderr
-        )
-
-    def add(self, n: int) -> None:
-        self.n += n
-        self.bar.update(n)
-        now = time.monotonic()
-        if self.lines and now - self.printed > self.PERIOD:
-            self.printed = now
-            self._line(now)
-
-    def _line(self, now: float) -> None:
-        total = max(self.total, self.n)
-        meter = tqdm.format_meter(
-            self.n, total, now - self.started, prefix=self.label, unit=self.unit, unit_scale=True, ncols=0
-        )
-        print(meter, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.lines and self.printed != self.started:
-            self._line(time.monotonic())
-        self.bar.close()
 
 
 # Tokenising: a part for each shard

@@ -23,7 +23,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from plm.data import sources
+from plm.data import tensorflow_datasets
+from plm.data.text_files import DAMAGED, open_bytes
 from plm.errors import UserError
 
 
@@ -50,9 +51,9 @@ def find(folder: str, names: str) -> str | None:
 def read_text(path: str) -> str:
     """The whole file, unpacked; a byte order mark is dropped."""
     try:
-        with sources.open_bytes(path) as stream:
+        with open_bytes(path) as stream:
             raw = stream.read()
-    except sources.DAMAGED as error:
+    except DAMAGED as error:
         raise UserError(f"{path}: cannot be decompressed ({error}); a whole .gz or .xz file would be right") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
@@ -334,7 +335,7 @@ def read_mclwic(path: str) -> Iterator[Record]:
 
 def tfds_splits(dataset: str) -> list[str]:
     """The splits of a dataset, by name or directory."""
-    return list(sources.tfds_builder(f"tfds:{dataset}", dataset).info.splits)
+    return list(tensorflow_datasets.tfds_builder(f"tfds:{dataset}", dataset).info.splits)
 
 
 def read_tfds(dataset: str, split: str, labels: Sequence[str] | None) -> Iterator[Record]:
@@ -343,7 +344,7 @@ def read_tfds(dataset: str, split: str, labels: Sequence[str] | None) -> Iterato
     Class labels come as their names; as their numbers where only these are in `labels`; -1 (none) as "-1".
     """
     spec = f"tfds:{dataset}"
-    builder = sources.tfds_builder(spec, dataset)
+    builder = tensorflow_datasets.tfds_builder(spec, dataset)
     if split not in builder.info.splits:
         raise UserError(f"{spec}: no split {split!r}; there are: {', '.join(builder.info.splits) or 'none'}")
     try:

@@ -33,7 +33,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from plm.data import sources, spans, store
+from plm.cache import cache_directory, once
+from plm.data import spans, store
 from plm.data.examples import Example
 from plm.data.reading import read
 from plm.data.tasks import TaskData
@@ -350,14 +351,8 @@ class TaskSplit(store.Spelled):
         part = stable_hash("part", *(example.id for example in self.examples), bits=128)
         key = (VERSION, task.fingerprint, name, part, tokenizer.fingerprint, sorted(settings.items()))
         stem = f"{stable_hash('task rows', *key, with_words, bits=128):032x}"
-        path = sources.cache_directory() / "tasks" / f"{stem}.npz"
-        if not path.exists():
-            with store.writable(path.parent), store.locked(path):
-                if not path.exists():
-                    made = _make(self, settings, with_words, progress)
-                    temporary = path.with_name(f".{path.name}.tmp.npz")
-                    np.savez(temporary, **made)
-                    temporary.replace(path)
+        path = cache_directory() / "tasks" / f"{stem}.npz"
+        once(path, lambda path: np.savez(path, **_make(self, settings, with_words, progress)))
         with np.load(path, allow_pickle=False) as arrays:
             self.arrays = {array: arrays[array] for array in arrays.files}
         self.n_examples, self.n_items, self.n_rows, self.n_cut = map(int, self.arrays["counts"])

@@ -30,7 +30,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from plm.data import docstrings, sources, task_files
+from plm.data import corpora, docstrings, task_files
 from plm.data.examples import (
     KINDS,
     Example,
@@ -44,6 +44,7 @@ from plm.data.examples import (
     make_example,
     shown,
 )
+from plm.data.pydocs import TASK_PACKAGES
 from plm.data.task_files import Record
 from plm.errors import UserError
 from plm.randomness import stable_hash
@@ -222,7 +223,7 @@ TASKS: dict[str, Task] = {
                     "test": "test.en-en.data.json|test/multilingual/test.en-en.data.json"},
                    ("sentence1", "sentence2"), reader="mclwic", id="id", spans=_PLACES),
         ), ("F", "T"), submission="mclwic"),
-        _embedded("docstring_package", "single", ("accuracy", "f1_macro"), ("text",), labels=sources.TASK_PACKAGES),
+        _embedded("docstring_package", "single", ("accuracy", "f1_macro"), ("text",), labels=TASK_PACKAGES),
         _embedded("docstring_signature", "choice", ("accuracy",), ("context",), choices=("choices",)),
         _embedded("docstring_pair", "pair", ("accuracy",), ("package", "text"), labels=("no", "yes")),
         _embedded("docstring_span", "span", ("f1", "exact_match"), ("question", "context"), label="answers"),
@@ -575,7 +576,7 @@ def _explicit(files: str) -> dict[str, str] | None:
 # -------------------------------------------------------------------------------------------------- text without labels
 
 
-class TaskText(sources.Source):
+class TaskText(corpora.Source):
     """`task:NAME[,key=value...][#split]`: the texts of a task's split, by default train, each once, a document an
     example."""
 
@@ -590,10 +591,10 @@ class TaskText(sources.Source):
     @functools.cached_property
     def fingerprint(self) -> str:
         split = () if self.split == "train" else (self.split,)
-        key = ("task text", sources.VERSION, sources.splitter(), self.data.fingerprint, *split)
+        key = ("task text", corpora.VERSION, corpora.splitter(), self.data.fingerprint, *split)
         return f"{stable_hash(*key, bits=128):032x}"
 
-    def shards(self) -> list[sources.Shard]:
+    def shards(self) -> list[corpora.Shard]:
         return [TaskTextShard(self.spec, self.spec.partition(":")[2])]
 
 
@@ -604,7 +605,7 @@ def _split_of(body: str) -> tuple[str, str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskTextShard(sources.Shard):
+class TaskTextShard(corpora.Shard):
     spec: str
     body: str
 
@@ -616,11 +617,11 @@ class TaskTextShard(sources.Shard):
     def bytes(self) -> int:
         return sum(len(text) for example in self._examples() for text in example.all_texts())
 
-    def documents(self) -> Iterator[sources.Document]:
+    def documents(self) -> Iterator[corpora.Document]:
         seen: set[str] = set()
         for example in self._examples():
             fresh = [text for text in example.all_texts() if text not in seen]
             seen.update(fresh)
-            sentences = [s for text in fresh for line in text.split("\n") for s in sources.split_sentences(line)]
+            sentences = corpora.paragraph_sentences(fresh)
             if sentences:
-                yield sources.Document(f"{self.spec}:{example.id}", tuple(sentences))
+                yield corpora.Document(f"{self.spec}:{example.id}", tuple(sentences))

@@ -5,7 +5,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 
-from plm.data.sources import DAMAGED, open_bytes
+from plm.data.text_files import DAMAGED, open_bytes
 from plm.errors import UserError
 
 LONGEST = 64 << 10  # bytes of a line

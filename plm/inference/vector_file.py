@@ -29,10 +29,11 @@ from pathlib import Path
 
 import numpy as np
 
+from plm.cache import locked
 from plm.data import reading
-from plm.data.store import Progress, locked
 from plm.errors import UserError
 from plm.inference import embedding, lines
+from plm.progress import Progress
 from plm.training.metrics import write_atomically
 
 VERSION = 1  # raise it whenever the same settings would give other numbers

@@ -166,6 +166,14 @@ class OnTask:
     def objective(self) -> str:
         return configs.OBJECTIVE_OF_KIND[TASKS[self.task].kind]
 
+    def mix(self, penalty: float = 0.001, **settings) -> dict[str, Any]:
+        """Overrides for ELMo's mix of layers in this task's head (`mix_gamma`, `insert`, ...).
+
+        penalty: lambda; the better one of ELMo's table 2, which AllenNLP advises, wherever a table says no other.
+        """
+        settings["mix_penalty"] = penalty
+        return {f"objectives.{self.objective}.{key}": value for key, value in settings.items()}
+
     @property
     def aligned(self) -> dict[str, str]:
         """Overrides for protocol 11: a word's last piece stands for it, however the model reads."""

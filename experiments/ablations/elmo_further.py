@@ -51,7 +51,7 @@ def sweep(add, arguments: str = ""):
             make.measure(f"{row}-{on.column.name}_text", model, ["--suite=text", f"--text={text}#dev"])
             for column in columns:
                 make.read(row, column, model)
-            make.finetune(row, on, model, "features", {f"objectives.{on.objective}.mix_penalty": 0.001})
+            make.finetune(row, on, model, "features", on.mix())
         lower = difference("after", "before", *columns)
         make.claim("E9", f"it lowers the perplexity of {on.task}", lower)
         effect = {"snli": 0.6}.get(on.column.name)  # in words only; "about the same" for sentiment

@@ -40,10 +40,8 @@ def sweep(add, arguments: str = ""):
     elmo = make.pretrain("elmo", "elmo")
     for on in make.on_tasks:
         for row, _ in ROWS:
-            head = f"objectives.{on.objective}"
-            settings = {f"{head}.mix_gamma": not row.endswith("fixed"), f"{head}.mix_penalty": 0.001}
-            if row.startswith("last"):
-                settings[f"{head}.layers"] = (-1,)  # a mix of one layer: gamma alone is learned
+            layers = {"layers": (-1,)} if row.startswith("last") else {}  # a mix of one layer: gamma alone is learned
+            settings = on.mix(mix_gamma=not row.endswith("fixed"), **layers)
             make.finetune(row, on, elmo, "features", settings)
     columns = make.columns()
     make.claim("E11", "the last layer needs gamma", difference("last", "last_fixed", *columns))

@@ -43,8 +43,7 @@ def sweep(add, arguments: str = ""):
     elmo = make.pretrain("elmo", "elmo")
     for on in make.on_tasks:
         for row, _ in ROWS:
-            settings = {f"objectives.{on.objective}.insert": row, f"objectives.{on.objective}.mix_penalty": 0.001}
-            make.finetune(row, on, elmo, "features", settings)
+            make.finetune(row, on, elmo, "features", on.mix(insert=row))
     pairs = make.columns("span", "pair")
     both = difference("both", "input", *pairs)
     make.claim("E4", "with pairs of texts, both places are better than the input", both)

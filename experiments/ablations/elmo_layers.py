@@ -48,11 +48,10 @@ def sweep(add, arguments: str = ""):
     elmo = make.pretrain("elmo", "elmo")
     for on in make.on_tasks:
         make.finetune("static", on, elmo, "static")
-        head = f"objectives.{on.objective}"
         # A mix of one layer: gamma is learned as in the other rows.
-        make.finetune("last", on, elmo, "features", {f"{head}.layers": (-1,), f"{head}.mix_penalty": 0.001})
+        make.finetune("last", on, elmo, "features", on.mix(layers=(-1,)))
         for penalty in (1.0, 0.001):
-            make.finetune(f"all_{penalty:g}", on, elmo, "features", {f"{head}.mix_penalty": penalty})
+            make.finetune(f"all_{penalty:g}", on, elmo, "features", on.mix(penalty))
     columns = make.columns()
     make.claim("E2", "all layers are better than the last one", difference("all_0.001", "last", *columns), 0.5)
     make.claim("E3", "learned weights are better than the mean", difference("all_0.001", "all_1", *columns), 0.2)

@@ -43,10 +43,9 @@ def sweep(add, arguments: str = ""):
         for layer in range(LAYERS)
     }
     for on in make.on_tasks:
-        settings = {f"objectives.{on.objective}.insert": "both", f"objectives.{on.objective}.mix_penalty": 0.001}
         names = [make.row(f"{on.column.name}_{place}", f"{on.column.label}, {place}") for place in PLACES]
         rows += names
-        points = make.finetune(names[0], on, elmo, "features", settings, column=None, name=on.column.name)
+        points = make.finetune(names[0], on, elmo, "features", on.mix(insert="both"), column=None, name=on.column.name)
         for number, row in enumerate(names):
             for layer, column in columns.items():
                 make.cells(row, column.name, points, f"{on.task}/mix/mix {number}/{layer_name(layer)}")

@@ -53,9 +53,9 @@ def sweep(add, arguments: str = ""):
                 )
             )
             settings = {"data.task.fraction": part, "total_epochs": round(epochs * min(1 / part, MOST_EPOCHS), 3)}
-            for row, way in (("static", "static"), ("elmo", "features")):
-                name = columns[part].name
-                make.finetune(row, on, elmo, way, settings, column=name, name=f"{row}-{name}")
+            name = columns[part].name
+            make.finetune("static", on, elmo, "static", settings, column=name, name=f"static-{name}")
+            make.finetune("elmo", on, elmo, "features", settings | on.mix(), column=name, name=f"elmo-{name}")
         make.draw(Drawing(group, f"Labels: {on.column.label}", "% of the training examples", "%", logarithmic=True))
         few, every = columns[PARTS[make.budget][0]], columns[1.0]
         gains = [*difference("elmo", "static", few), *((r, c, -w) for r, c, w in difference("elmo", "static", every))]

@@ -43,6 +43,6 @@ def sweep(add, arguments: str = ""):
     elmo = make.pretrain("elmo", "elmo")
     for on in make.on_tasks:
         make.finetune("static", on, elmo, "static")
-        make.finetune("elmo", on, elmo, "features", {f"objectives.{on.objective}.mix_penalty": 0.001})
+        make.finetune("elmo", on, elmo, "features", on.mix())
         make.claim("E1", f"ELMo is better on {on.column.label}", difference("elmo", "static", on.column))
     return make.study

@@ -19,8 +19,9 @@ import optax
 import pytest
 
 from plm.errors import UserError
-from plm.training.checkpoint import Checkpoints, checksums, restore_params, restore_state, start_from
+from plm.training.checkpoint import Checkpoints, checksums, restore_params, restore_state
 from plm.training.sharding import paths_and_leaves
+from plm.training.start import start_from
 from plm.training.step import TrainState
 
 

@@ -21,7 +21,6 @@ import gc
 import hashlib
 import json
 import logging
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -37,11 +36,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from plm.errors import UserError
-from plm.models.layers import STACKED, logical_names
 from plm.training.metrics import RunRecord
-from plm.training.sharding import paths_and_leaves, place
+from plm.training.sharding import PyTree, paths_and_leaves
 
-PyTree = Any
 FOLDER = "checkpoints"
 _PARAMS, _CARRY, _REST, _MANIFEST = "params", "carry", "rest", "manifest"
 _DAMAGED = ".damaged"
@@ -179,7 +176,8 @@ def _differences(stored: dict[str, dict], wanted: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _spell_out(lines: Sequence[str]) -> str:
+def spell_out(lines: Sequence[str]) -> str:
+    """The first few for a message, and how many more there are."""
     more = len(lines) - _SHOWN
     return "; ".join(lines[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
@@ -241,7 +239,7 @@ def _unreadable(directory: epath.Path, prefix: str, wanted: dict[str, Any], prob
         except Exception:
             bad.append(prefix + path)
     if 0 < len(bad) < len(wanted):
-        return f"{_spell_out(bad)} cannot be read"
+        return f"{spell_out(bad)} cannot be read"
     return f"its item {directory.name} cannot be read ({_one_line(problem)})"
 
 
@@ -264,7 +262,7 @@ def _read(
     if differences := _differences(stored, wanted):
         tops = ", ".join(sorted({line.split("/")[0].split(" ")[0] for line in differences}))
         raise UserError(
-            f"checkpoint {directory} does not fit this run ({tops}): {_spell_out(differences)}; resume with the config"
+            f"checkpoint {directory} does not fit this run ({tops}): {spell_out(differences)}; resume with the config"
             " it was made with, or use a new workdir"
         )
     result: dict[str, Any] = {}
@@ -283,7 +281,7 @@ def _read(
     result = {path: result[path] for path in wanted}
     wrong = [path for path, value in checksums(result).items() if f"{value:08x}" != stored[path]["checksum"]]
     if wrong:
-        raise _UnusableError(f"{_spell_out(wrong)} {'is' if len(wrong) == 1 else 'are'} damaged (the checksum differs)")
+        raise _UnusableError(f"{spell_out(wrong)} {'is' if len(wrong) == 1 else 'are'} damaged (the checksum differs)")
     return result
 
 
@@ -581,134 +579,3 @@ def restore_state(
         except _UnusableError as problem:
             report(f"checkpoint {candidate} in {directory} is not used: {problem}")
     raise UserError(f"no checkpoint of {source} can be continued with its optimizer: damaged, or parameters only")
-
-
-@dataclasses.dataclass(frozen=True)
-class StartReport:
-    """How the parameters of another run fit a model, by logical names.
-
-    matched: taken over; missing: not in the source, fresh here; left_over: in the source only; mismatched: in both with
-    different shapes (name, its shape there, its shape here), fresh here; reset: in both, fresh here as asked for.
-    """
-
-    matched: tuple[str, ...]
-    missing: tuple[str, ...]
-    left_over: tuple[str, ...]
-    mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
-    reset: tuple[str, ...] = ()
-
-    def lines(self) -> list[str]:
-        """One line for each kind that occurs."""
-        lines = [f"matched: {len(self.matched)} parameters"]
-        for kind in ("missing", "left_over", "reset"):
-            if names := getattr(self, kind):
-                lines.append(f"{kind.replace('_', ' ')}: {len(names)} parameters: {', '.join(names)}")
-        if self.mismatched:
-            pairs = ", ".join(f"{name} {list(there)} there, {list(here)} here" for name, there, here in self.mismatched)
-            lines.append(f"mismatched: {len(self.mismatched)} parameters: {pairs}")
-        return lines
-
-    def refuse_missing(self, source: str, allowed: str) -> None:
-        """Raises UserError for parameters that would silently stay random, unless the regex `allowed` finds them."""
-        without = [*self.missing, *(name for name, *_ in self.mismatched)]
-        refused = [name for name in without if not (allowed and re.search(allowed, name))]
-        if refused:
-            shown = ", ".join(refused[:5]) + (f" and {len(refused) - 5} more" if len(refused) > 5 else "")
-            shapes = [f"; {line}" for line in self.lines() if line.startswith("mismatched")]
-            raise UserError(
-                f"init.from={source!r} lacks {len(refused)} parameters of this model: {shown}{''.join(shapes)};"
-                " init.allow_missing=REGEX lets those that it finds start at random values"
-            )
-
-
-def grow_vocabulary(params: PyTree, graph, size: int, old_pieces: Sequence, fresh: PyTree | None = None) -> PyTree:
-    """`params` of a model of `size` ids (stored names) with a row more for each of `old_pieces`, padded as in `graph`.
-
-    Tables and biases of the vocabulary get the mean of the rows of the ids that the new entry was written with before;
-    for None the row of `fresh`, parameters of the grown model. Without `old_pieces` only the padding changes.
-    """
-    grown = size + len(old_pieces)
-    others = ("embedding/positions/", "embedding/segments/")
-    tables = {p.path: p.shape[0] for p in graph.parameters if p.rows == grown and not p.path.startswith(others)}
-    random = {} if fresh is None else dict(paths_and_leaves(fresh))
-
-    def row(path: str, leaf, number: int, ids):
-        if ids is None:
-            return np.asarray(random[path][size + number])[None].astype(leaf.dtype)
-        return leaf[np.asarray(ids)].mean(axis=0, keepdims=True).astype(leaf.dtype)
-
-    def grow(path: str, leaf):
-        if path not in tables:
-            return leaf
-        leaf = np.asarray(leaf)[:size]
-        whole = np.concatenate([leaf, *(row(path, leaf, number, ids) for number, ids in enumerate(old_pieces))])
-        return np.pad(whole, [(0, tables[path] - grown)] + [(0, 0)] * (leaf.ndim - 1))
-
-    return nest({path: grow(path, leaf) for path, leaf in paths_and_leaves(params)})
-
-
-def _by_logical_name(params: PyTree) -> dict[str, np.ndarray]:
-    result = {}
-    for path, leaf in paths_and_leaves(params):
-        stacked = STACKED in path.split("/")
-        for layer, name in enumerate(logical_names(path, leaf.shape[0] if stacked else 1)):
-            result[name] = leaf[layer] if stacked else leaf
-    return result
-
-
-def start_from(params: PyTree, loaded: PyTree, *, reset: str = "") -> tuple[PyTree, StartReport]:
-    """`params` with the values of `loaded` wherever a logical name and its shape agree, and a report of the rest.
-
-    Args:
-      params: fresh parameters, arrays on their devices (stored names).
-      loaded: nested dict of host arrays by stored or by logical names. Layers are matched one by one, so a stack may
-        start from a deeper or a shallower one.
-      reset: regex of logical names that stay as they are in `params` although `loaded` has them.
-
-    Raises:
-      UserError: not one parameter agrees, or nothing is there to be reset.
-    """
-    source = _by_logical_name(loaded)
-    anew = {name for name in source if reset and re.search(reset, name)}
-    if reset and not anew:
-        raise UserError(f"init.reset={reset!r} finds no parameter; their names are like {_spell_out(list(source))}")
-    matched, missing, mismatched = [], [], []
-    used = set()
-    new = []
-    for path, leaf in paths_and_leaves(params):
-        stacked = STACKED in path.split("/")
-        names = logical_names(path, leaf.shape[0] if stacked else 1)
-        shape = tuple(leaf.shape[1:] if stacked else leaf.shape)
-        take = np.zeros(len(names), bool)
-        values = np.zeros((len(names), *shape), leaf.dtype)
-        for layer, name in enumerate(names):
-            if name not in source:
-                missing.append(name)
-                continue
-            used.add(name)
-            if name in anew:
-                continue
-            if tuple(source[name].shape) != shape:
-                mismatched.append((name, tuple(source[name].shape), shape))
-                continue
-            matched.append(name)
-            take[layer] = True
-            values[layer] = source[name]
-        if not take.any():
-            new.append(leaf)
-            continue
-        values = place(values.reshape(leaf.shape), leaf.sharding)
-        if not take.all():
-            mask = take.reshape(-1, *[1] * (leaf.ndim - 1))
-            values = jax.jit(lambda mask, a, b: jnp.where(mask, a, b), out_shardings=leaf.sharding)(mask, values, leaf)
-        new.append(values)
-    report = StartReport(
-        tuple(matched),
-        tuple(missing),
-        tuple(name for name in source if name not in used),
-        tuple(mismatched),
-        tuple(name for name in source if name in anew and name in used),
-    )
-    if not matched and not anew:
-        raise UserError(f"no parameter of the source fits this model: {_spell_out(report.lines()[1:])}")
-    return jax.tree.unflatten(jax.tree.structure(params), new), report

@@ -30,9 +30,8 @@ import optax
 from plm.errors import UserError
 from plm.models.graph import import_from_outside
 from plm.models.layers import logical_names
-from plm.training.sharding import paths_and_leaves
+from plm.training.sharding import PyTree, paths_and_leaves
 
-PyTree = Any
 SCHEDULES = ("bert_linear", "linear", "cosine", "constant", "openai_linear", "openai_cosine")
 OPTIMIZERS = ("bert_adam", "gpt_adam", "adagrad", "adamw")
 

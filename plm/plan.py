@@ -40,6 +40,8 @@ def main(config_flags: configs.ConfigFlags) -> int:
         raise UserError(f"--mfu={values.mfu:g} must be above 0 and at most 1: the part of the chips' peak")
     if values.price_per_chip_hour < 0:
         raise UserError(f"--price_per_chip_hour={values.price_per_chip_hour:g} must not be negative")
+    if values.done_steps is not None and values.done_steps < 0:
+        raise UserError(f"--done_steps={values.done_steps} must be 0 or more")
     meshes = [_numbers(name, values[name].value) for name in ("fsdp", "tensor", "microbatches")]
     config = config_flags.load(complete=False)
     # The chips are described and never opened; what is computed here is computed on the host.
@@ -61,7 +63,7 @@ def main(config_flags: configs.ConfigFlags) -> int:
         else:
             print("\n".join(text.attempts_table(attempts)))
         return 0
-    plan = plans.make_plan(config, topology, corpus_tokens=values.corpus_tokens, say=_say)
+    plan = plans.make_plan(config, topology, corpus_tokens=values.corpus_tokens, done_steps=values.done_steps, say=_say)
     costs = text.cost(plan, values.mfu, values.price_per_chip_hour)
     tried = []
     if not plan.memory.fits and values.search:
@@ -80,6 +82,7 @@ if __name__ == "__main__":
     flags.DEFINE_float("mfu", 0.4, "part of the chips' bfloat16 peak that the time and the cost assume")
     flags.DEFINE_float("price_per_chip_hour", 0.0, "what a chip costs for an hour; 0 = say nothing of money")
     flags.DEFINE_integer("corpus_tokens", 0, "tokens of the training split, for a run of epochs; 0 = unknown")
+    flags.DEFINE_integer("done_steps", None, "steps of the run that init.keep=all continues, by default init.from's")
     flags.DEFINE_bool("search", True, "if it does not fit: try what would")
     flags.DEFINE_bool("json", False, "print JSON")
     flags.DEFINE_bool("sweep", False, "try all of --fsdp x --tensor x --microbatches and print a table")

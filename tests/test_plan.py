@@ -187,6 +187,30 @@ def test_the_length_of_a_run_of_epochs_needs_the_corpus():
     assert known.steps == math.ceil(2 * 6400 / 64)
 
 
+def test_the_steps_of_the_run_that_is_continued_are_not_paid_again(tmp_path):
+    topology, total = topologies.describe("gpu:1"), configs.flatten(toy("blocks"))["total_steps"]
+    kept = {"init.keep": "all"}
+    whole = plans.make_plan(toy("blocks"), topology)
+    assert (whole.steps, whole.done_steps) == (total, 0)
+    unknown = plans.make_plan(toy("blocks", **kept), topology)
+    assert (unknown.steps, unknown.done_steps) == (total, None)
+    assert any("--done_steps" in line for line in unknown.warnings)
+    said = plans.make_plan(toy("blocks", **kept), topology, done_steps=total - 1)
+    assert (said.steps, said.done_steps) == (1, total - 1)
+    assert not any("--done_steps" in line for line in said.warnings)
+    hours = [text.cost(plan, 0.4, 1.0).hours for plan in (whole, said)]
+    assert hours[0] == pytest.approx(total * hours[1])
+    assert f"1 steps after {total - 1:,} of another run" in text.to_text(said, text.cost(said, 0.4, 1.0), [])
+    (tmp_path / "run.json").write_text('{"step": 3}')
+    for name, done in ((str(tmp_path), 3), (f"{tmp_path}@2", 2)):
+        found = plans.make_plan(toy("blocks", **kept, **{"init.from": name}), topology)
+        assert (found.steps, found.done_steps) == (total - done, done)
+    with pytest.raises(UserError, match=rf"{total} steps were done before, which total_steps={total} counts"):
+        plans.make_plan(toy("blocks", **kept), topology, done_steps=total)
+    with pytest.raises(UserError, match=r"--done_steps=3 is for a run that goes on"):
+        plans.make_plan(toy("blocks"), topology, done_steps=3)
+
+
 def test_a_sweep_lists_what_is_refused_too():
     attempts = plans.sweep(toy("blocks"), topologies.describe("gpu:1"), (1, 2), (1,), (1,))
     assert [attempt.memory is None for attempt in attempts] == [False, True]

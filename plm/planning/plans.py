@@ -28,6 +28,7 @@ from plm.planning import hlo
 from plm.planning.topologies import Topology
 from plm.training import checkpoint, sharding
 from plm.training import config as configs
+from plm.training.metrics import RunRecord
 from plm.training.objectives import make_objectives
 from plm.training.program import Program, carries, fresh_carry, make_batches, make_program
 from plm.training.record import TOKENIZER
@@ -73,7 +74,8 @@ class Memory:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """settings: the keys of the config that shape the program; flops: of a step, by formula, None for a model from
-    outside; steps: None where the run's length hangs on the corpus; evaluation: the peak of held-out scoring, bytes."""
+    outside; steps: that the run takes itself, None where its length hangs on the corpus; done_steps: taken before by
+    the run that it continues, None if nobody says; evaluation: the peak of held-out scoring, bytes."""
 
     topology: Topology
     settings: dict
@@ -84,6 +86,7 @@ class Plan:
     evaluation: int | None
     flops: float | None
     steps: int | None
+    done_steps: int | None
     compute: str
     collectives: list[hlo.Collective] | None
     buffers: list[hlo.Buffer]
@@ -130,6 +133,24 @@ def _resolved(config, corpus_tokens: int, platform: str):
     rows = corpus_tokens / config.seq_len if corpus_tokens else UNKNOWN_STEPS * config.batch_size / epochs
     resolved = configs.resolve(config, examples_per_epoch=rows, platform=platform)
     return resolved, None if unknown else resolved.total_steps
+
+
+def _done(config, done_steps: int | None) -> int | None:
+    """Steps that a continued run (`init.keep="all"`) does not take: those said, or those that `init.from` is at."""
+    if config.init.keep != "all":
+        if done_steps:
+            raise UserError(
+                f"--done_steps={done_steps} is for a run that goes on with another's steps: init.keep='all'"
+            )
+        return 0
+    if done_steps is None and config.init["from"]:
+        source, step = checkpoint.split_step(config.init["from"])
+        done_steps = step if step is not None else RunRecord(epath.Path(source), enabled=False).facts.get("step")
+    if done_steps is not None and config.total_steps and not 0 <= done_steps < config.total_steps:
+        raise UserError(
+            f"{done_steps} steps were done before, which total_steps={config.total_steps} counts, too: it must be more"
+        )
+    return done_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,16 +214,19 @@ def make_plan(
     topology: Topology,
     *,
     corpus_tokens: int = 0,
+    done_steps: int | None = None,
     evaluation: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> Plan:
     """Plans a validated config.
 
-    corpus_tokens: tokens of the training split, for a run of epochs; evaluation: plan held-out scoring too.
+    corpus_tokens: tokens of the training split, for a run of epochs; done_steps: those of the run that is continued,
+    None for as many as `init.from` has; evaluation: plan held-out scoring too.
 
     Raises:
-      UserError: a mesh that the topology has not, a batch that does not divide.
+      UserError: a mesh that the topology has not, a batch that does not divide, more steps done than there are.
     """
+    done = _done(config, done_steps)
     with _setup(config, topology, corpus_tokens) as setup:
         began = time.monotonic()
         program, batch, config = setup.program, setup.batch, setup.config
@@ -241,7 +265,8 @@ def make_plan(
             memory=memory,
             evaluation=scoring,
             flops=flops,
-            steps=setup.steps,
+            steps=None if setup.steps is None else setup.steps - (done or 0),
+            done_steps=done,
             compute=config.precision.compute,
             collectives=collectives,
             buffers=sorted(buffers, key=lambda buffer: -buffer.bytes),
@@ -380,6 +405,11 @@ def _warnings(plan: Plan, setup: _Setup) -> list[str]:
         )
     if "words" in setup.batch.get("shared", {}):
         lines.append("shared/words is planned at its largest: as if every token of a batch were another word")
+    if plan.done_steps is None:
+        lines.append(
+            "this run goes on with the steps of another one, and nobody says how many: --done_steps=N leaves them out"
+            " of the hours and the cost"
+        )
     if plan.steps is None:
         lines.append(
             "the run's length is in epochs of a corpus of unknown size: --corpus_tokens=TOKENS tells its hours and cost"

@@ -48,7 +48,8 @@ def _time(plan: Plan, costs: Cost) -> list[str]:
             lines.append("the links are the limit: this utilisation cannot be reached on this mesh with this batch")
     if costs.hours is not None:
         price = f", price {costs.price:,.0f}" if costs.price is not None else ""
-        lines.append(f"{plan.steps:,} steps: {costs.hours:,.1f} h, {costs.chip_hours:,.0f} chip hours{price}")
+        after = f" after {plan.done_steps:,} of another run" if plan.done_steps else ""
+        lines.append(f"{plan.steps:,} steps{after}: {costs.hours:,.1f} h, {costs.chip_hours:,.0f} chip hours{price}")
     return lines
 
 
@@ -171,7 +172,12 @@ def to_json(plan: Plan, costs: Cost, tried: Sequence[Attempt]) -> dict:
             "step": plan.flops,
             "token": None if plan.flops is None else plan.flops / plan.tokens_per_step,
         },
-        "run": {"steps": plan.steps, "tokens_per_step": plan.tokens_per_step, **dataclasses.asdict(costs)},
+        "run": {
+            "steps": plan.steps,
+            "done_steps": plan.done_steps,
+            "tokens_per_step": plan.tokens_per_step,
+            **dataclasses.asdict(costs),
+        },
         "collectives": {kind: {"times": n, "bytes": size} for kind, n, size in _by_kind(plan)}
         if plan.collectives is not None
         else None,

@@ -57,3 +57,13 @@ def _pieces(model, texts, done: Callable[[int], None]) -> Iterator[tuple[int, np
         for index, vectors in model.embed_each(chunk, "all", "subwords"):
             yield start + index, vectors, word[index]
             done(1)
+
+
+def two_directions(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first two principal components of some vectors: points [n, 2] and the share of the variance of each [2]."""
+    left, singular, right = np.linalg.svd(vectors - vectors.mean(axis=0), full_matrices=False)
+    # A singular vector's sign is arbitrary: the largest loading points up.
+    signs = np.sign(right[np.arange(len(right)), np.abs(right).argmax(axis=1)])
+    missing = max(0, 2 - len(singular))  # of a single vector, or of vectors of one number
+    points = np.pad((left * singular * signs)[:, :2], ((0, 0), (0, missing)))
+    return points, np.pad((singular**2 / max((singular**2).sum(), 1e-12))[:2], (0, missing))

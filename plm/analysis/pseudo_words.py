@@ -35,6 +35,7 @@ from itertools import zip_longest
 import numpy as np
 from scipy.stats import rankdata
 
+from plm.analysis.features import two_directions
 from plm.randomness import generator, stable_hash
 from plm.reporting.statistics import bootstrap_interval
 
@@ -236,7 +237,7 @@ def _picture(pairs: Sequence[Pair], vectors: dict, table: dict, layer: str) -> d
     for name in ("trained", "random_init"):
         if layer in vectors.get(name, {}):
             block = vectors[name][layer][chosen][0]
-            points, explained = _two_directions(block)
+            points, explained = two_directions(_unit(block))
             panels[name] = {"points": points.round(4).tolist(), "explained": explained.round(4).tolist()}
             panels[name] |= scores(block, pair.n)
     examples = [
@@ -283,17 +284,10 @@ def _static(sentences: list[list[str]], targets: list[int]) -> dict[str, np.ndar
     return {"form": np.stack([table[words[target]] for words, target in zip(sentences, targets, strict=True)])}
 
 
-def _two_directions(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first two principal components of unit vectors: points [n, 2] and the share of variance of each [2]."""
-    unit = np.asarray(vectors, np.float64)
-    norms = np.linalg.norm(unit, axis=1, keepdims=True)
-    unit = np.divide(unit, norms, out=np.zeros_like(unit), where=norms > 0)
-    centred = unit - unit.mean(axis=0)
-    left, singular, right = np.linalg.svd(centred, full_matrices=False)
-    # A singular vector's sign is arbitrary: the largest loading points up.
-    signs = np.sign(right[np.arange(len(right)), np.abs(right).argmax(axis=1)])
-    points = (left * singular * signs)[:, :2]
-    return points, (singular**2 / max((singular**2).sum(), 1e-300))[:2]
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    vectors = np.asarray(vectors, np.float64)
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
 
 
 def _in_turn(by_document: dict[int, list[Occurrence]], word: str) -> list[Occurrence]:

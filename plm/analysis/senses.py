@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
+from plm.analysis.features import two_directions
 from plm.data import reading, static_vectors
 from plm.errors import UserError
 from plm.inference import lines
@@ -197,15 +198,8 @@ def project(vectors: np.ndarray, settings: Settings) -> tuple[np.ndarray, str]:
             2, perplexity=perplexity, metric="cosine", init="random", random_state=settings.seed
         ).fit_transform(vectors)
         return points, f"t-SNE, perplexity {perplexity:.0f}: near is near, far says little"
-    centred = vectors - vectors.mean(axis=0)
-    left, singular, right = np.linalg.svd(centred, full_matrices=False)
-    # A singular vector's sign is arbitrary: the largest loading points up.
-    signs = np.sign(right[np.arange(len(right)), np.abs(right).argmax(axis=1)])
-    points = (left * singular * signs)[:, :2]
-    if points.shape[1] < 2:
-        points = np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
-    share = (singular[:2] ** 2).sum() / max((singular**2).sum(), 1e-12)
-    return points, f"two main directions, {100 * share:.0f}% of the variance"
+    points, shares = two_directions(vectors)
+    return points, f"two main directions, {100 * shares.sum():.0f}% of the variance"
 
 
 def telling_words(occurrences: Sequence[Occurrence], labels: np.ndarray, span: int, n: int = 6) -> list[list[str]]:

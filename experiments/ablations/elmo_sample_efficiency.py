@@ -5,7 +5,7 @@
 
 | budget | points | hardware, time | expected |
 | --- | --- | --- | --- |
-| tiny | 5 pretraining, 60 on tasks | 2 CPU cores, 25 minutes | docs/ablations.md |
+| tiny | 5 pretraining, 60 on tasks | 2 CPU cores, 45 minutes | docs/ablations.md |
 | small | 5 pretraining, 300 on tasks | one accelerator, two hours | not measured yet |
 
 Nested parts of the training examples, each for as many updates as all of them would get in the first place: epochs grow

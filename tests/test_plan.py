@@ -207,6 +207,10 @@ def test_the_steps_of_the_run_that_is_continued_are_not_paid_again(tmp_path):
         assert (found.steps, found.done_steps) == (total - done, done)
     with pytest.raises(UserError, match=rf"{total} steps were done before, which total_steps={total} counts"):
         plans.make_plan(toy("blocks", **kept), topology, done_steps=total)
+    of_epochs = toy("blocks", total_epochs="2", **kept)
+    assert plans.make_plan(of_epochs, topology, corpus_tokens=6400, done_steps=150).steps == 50
+    with pytest.raises(UserError, match=r"200 steps were done before, which total_steps=200 counts"):
+        plans.make_plan(of_epochs, topology, corpus_tokens=6400, done_steps=200)
     with pytest.raises(UserError, match=r"--done_steps=3 is for a run that goes on"):
         plans.make_plan(toy("blocks"), topology, done_steps=3)
 

@@ -115,7 +115,7 @@ def paragraph_sentences(paragraphs: Iterable[str]) -> list[str]:
     return [s for paragraph in paragraphs for line in paragraph.split("\n") for s in split_sentences(line)]
 
 
-def parts(name: str, sentences: Iterable[str]) -> Iterator[Document]:
+def documents_of(name: str, sentences: Iterable[str]) -> Iterator[Document]:
     """The document of these sentences, or several when it is longer than `PART_BYTES`."""
     held: list[str] = []
     size = part = 0

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from plm.data import tensorflow_datasets
-from plm.data.text_files import DAMAGED, open_bytes
+from plm.data.text_files import opened
 from plm.errors import UserError
 
 
@@ -51,10 +51,8 @@ def find(folder: str, names: str) -> str | None:
 def read_text(path: str) -> str:
     """The whole file, unpacked; a byte order mark is dropped."""
     try:
-        with open_bytes(path) as stream:
+        with opened(path) as stream:
             raw = stream.read()
-    except DAMAGED as error:
-        raise UserError(f"{path}: cannot be decompressed ({error}); a whole .gz or .xz file would be right") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     try:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from plm.data import corpora
-from plm.data.corpora import Document, Shard, Source, fingerprint_of, paragraph_sentences, parts, splitter
+from plm.data.corpora import Document, Shard, Source, documents_of, fingerprint_of, paragraph_sentences, splitter
 from plm.data.text_files import digest, paragraphs_of
 from plm.errors import UserError
 
@@ -135,4 +135,4 @@ class TensorFlowDatasetShard(Shard):
             for index, example in zip(indices, examples.__getitems__(list(indices)), strict=True):
                 where = f"{self.spec}, example {index}"
                 paragraphs = paragraphs_of(example, self.field, lambda where=where: where, self.invalid_utf8)
-                yield from parts(f"{self.split}:{index}", paragraph_sentences(paragraphs))
+                yield from documents_of(f"{self.split}:{index}", paragraph_sentences(paragraphs))

@@ -11,6 +11,7 @@ that reads 360 MB takes 95 MB, and 140 MB when all of it is a single line.
 """
 
 import codecs
+import contextlib
 import functools
 import glob
 import gzip
@@ -23,6 +24,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import IO
 
 from plm.cache import remembered
 from plm.data import corpora
@@ -31,9 +33,9 @@ from plm.data.corpora import (
     Document,
     Shard,
     Source,
+    documents_of,
     fingerprint_of,
     paragraph_sentences,
-    parts,
     split_sentences,
     splitter,
 )
@@ -56,8 +58,14 @@ def open_bytes(path: str):
 DAMAGED = (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError)
 
 
-def _damaged(path: str, error: Exception) -> UserError:
-    return UserError(f"{path}: cannot be decompressed ({error}); a whole .gz or .xz file would be right")
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[IO[bytes]]:
+    """`open_bytes`, where damage that is met inside becomes one line."""
+    try:
+        with open_bytes(path) as stream:
+            yield stream
+    except DAMAGED as error:
+        raise UserError(f"{path}: cannot be decompressed ({error}); a whole .gz or .xz file would be right") from None
 
 
 @dataclass(frozen=True)
@@ -90,34 +98,28 @@ def _key(name: str, path: str) -> list:
 def _scan(path: str) -> Scan:
     digest, size, blank, invalid, first = hashlib.blake2b(digest_size=16), 0, True, 0, -1
     pending = b""
-    try:
-        with open_bytes(path) as stream:
-            while True:
-                block = stream.read(1 << 16)
-                digest.update(block)
-                size += len(block)
-                blank = blank and (not block or block.isspace())
-                data = pending + block
-                try:
-                    at = codecs.utf_8_decode(data, "strict", not block)[1]
-                except UnicodeDecodeError as error:
-                    first = first if invalid else size - len(data) + error.start
-                    text, at = codecs.utf_8_decode(data, "replace", not block)
-                    # Each invalid sequence has become a U+FFFD; those that the text itself has are valid.
-                    invalid += text.count("\ufffd") - data[:at].count("\ufffd".encode())
-                pending = data[at:]
-                if not block:
-                    return Scan(digest.hexdigest(), size, blank, invalid, first)
-    except DAMAGED as error:
-        raise _damaged(path, error) from None
+    with opened(path) as stream:
+        while True:
+            block = stream.read(1 << 16)
+            digest.update(block)
+            size += len(block)
+            blank = blank and (not block or block.isspace())
+            data = pending + block
+            try:
+                at = codecs.utf_8_decode(data, "strict", not block)[1]
+            except UnicodeDecodeError as error:
+                first = first if invalid else size - len(data) + error.start
+                text, at = codecs.utf_8_decode(data, "replace", not block)
+                # Each invalid sequence has become a U+FFFD; those that the text itself has are valid.
+                invalid += text.count("\ufffd") - data[:at].count("\ufffd".encode())
+            pending = data[at:]
+            if not block:
+                return Scan(digest.hexdigest(), size, blank, invalid, first)
 
 
 def _digest_of(path: str) -> str:
-    try:
-        with open_bytes(path) as stream:
-            return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    except DAMAGED as error:
-        raise _damaged(path, error) from None
+    with opened(path) as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -231,11 +233,8 @@ class FileShard(Shard):
 
     def documents(self) -> Iterator[Document]:
         for piece in self.ranges:
-            try:
-                with open_bytes(piece.path) as stream:
-                    yield from self.read(piece, stream)
-            except DAMAGED as error:
-                raise _damaged(piece.path, error) from None
+            with opened(piece.path) as stream:
+                yield from self.read(piece, stream)
 
     def read(self, piece: Range, stream) -> Iterator[Document]:
         """The documents that belong to a range, from its file's stream at 0."""
@@ -358,7 +357,7 @@ class JsonLinesShard(FileShard):
         while offset < piece.end and (raw := stream.readline(RECORD_BYTES)):
             if raw.strip():
                 paragraphs = self._paragraphs(piece, offset, raw)
-                yield from parts(f"{piece.name}:{offset}", paragraph_sentences(paragraphs))
+                yield from documents_of(f"{piece.name}:{offset}", paragraph_sentences(paragraphs))
             offset += len(raw)
 
     def _paragraphs(self, piece: Range, offset: int, raw: bytes) -> list[str]:

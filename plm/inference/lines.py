@@ -5,7 +5,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 
-from plm.data.text_files import DAMAGED, open_bytes
+from plm.data.text_files import opened
 from plm.errors import UserError
 
 LONGEST = 64 << 10  # bytes of a line
@@ -56,7 +56,7 @@ def read(path: str, digest=None, *, number: int = 0, start: int = 0) -> Iterator
     if not os.path.isfile(path):
         raise UserError(f"{path}: there is no such file")
     try:
-        with open_bytes(path) as stream:
+        with opened(path) as stream:
             stream.seek(start)
             while raw := stream.readline(LONGEST + 1):
                 if digest is not None:
@@ -64,8 +64,6 @@ def read(path: str, digest=None, *, number: int = 0, start: int = 0) -> Iterator
                 start += len(raw)
                 yield Line(number, start, _text(path, number, raw))
                 number += 1
-    except DAMAGED as error:
-        raise UserError(f"{path}: cannot be decompressed ({error}); a whole .gz or .xz file would be right") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 

@@ -135,7 +135,7 @@ def _resolved(config, corpus_tokens: int, platform: str):
     return resolved, None if unknown else resolved.total_steps
 
 
-def _done(config, done_steps: int | None) -> int | None:
+def _done(config, steps: int | None, done_steps: int | None) -> int | None:
     """Steps that a continued run (`init.keep="all"`) does not take: those said, or those that `init.from` is at."""
     if config.init.keep != "all":
         if done_steps:
@@ -146,10 +146,8 @@ def _done(config, done_steps: int | None) -> int | None:
     if done_steps is None and config.init["from"]:
         source, step = checkpoint.split_step(config.init["from"])
         done_steps = step if step is not None else RunRecord(epath.Path(source), enabled=False).facts.get("step")
-    if done_steps is not None and config.total_steps and not 0 <= done_steps < config.total_steps:
-        raise UserError(
-            f"{done_steps} steps were done before, which total_steps={config.total_steps} counts, too: it must be more"
-        )
+    if steps is not None and (done_steps or 0) >= steps:
+        raise UserError(f"{done_steps} steps were done before, which total_steps={steps} counts, too: it must be more")
     return done_steps
 
 
@@ -226,10 +224,10 @@ def make_plan(
     Raises:
       UserError: a mesh that the topology has not, a batch that does not divide, more steps done than there are.
     """
-    done = _done(config, done_steps)
     with _setup(config, topology, corpus_tokens) as setup:
         began = time.monotonic()
         program, batch, config = setup.program, setup.batch, setup.config
+        done = _done(config, setup.steps, done_steps)
         arguments = {
             "parameters": per_chip(program.like.params),
             "optimizer": per_chip(program.like.opt),

@@ -14,9 +14,9 @@ def commands() -> dict[str, str]:
         path = Path(plm.__path__[0]) / f"{module.name}.py"
         if module.name.startswith("_") or not path.exists():
             continue
-        text = path.read_text(encoding="utf-8")
-        if '__name__ == "__main__"' in text:
-            found[module.name] = (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if any(isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'" for node in tree.body):
+            found[module.name] = (ast.get_docstring(tree) or "").split("\n")[0]
     return found
 
 

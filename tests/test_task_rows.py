@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import bert, finetune
+from plm.analysis import task_results
 from plm.data import pipeline, task_rows, tasks, tokenizers
 from plm.data.task_rows import Frame, TaskRows, TaskSplit, with_task_tokens
 from plm.errors import UserError
@@ -121,7 +122,39 @@ def test_tags_stand_at_the_first_or_the_last_piece_of_their_word(vocabulary, tmp
     np.testing.assert_array_equal(first["tag_positions"][0, :3], ends - sizes)
     np.testing.assert_array_equal(last["tag_positions"][0, :3], ends - 1)
     np.testing.assert_array_equal(first["tags"][:, :4], [[0, 1, 0, -1], [1, -1, -1, -1]])
-    with pytest.raises(UserError, match=r"rows.conll, line 1: 3 words are \d+ pieces; a row of seq_len=4 holds 2"):
+
+
+def test_a_long_sentence_is_tagged_in_rows_of_whole_words(vocabulary, tmp_path):
+    tokenizer = vocabulary["byte_bpe"]
+    words = ["alpha", "zzz", "beta", "zzzz", "one", "two", "zzz", "six", "alpha", "zz"]
+    tags = ["X" if word.startswith("z") else "Y" for word in words]
+    lines = [f"{word} {tag}" for word, tag in zip(words, tags, strict=True)]
+    data = task(tmp_path, "\n".join([*lines, "", *lines[:2]]) + "\n", kind="tagging", label="-1")
+    for piece in ("first", "last"):
+        whole = split_of(data, tokenizer, word_piece=piece, seq_len=64)
+        split = split_of(data, tokenizer, word_piece=piece)
+        batch = rows_of(split, tokenizer)
+        assert whole.n_items == split.n_examples == 2 < split.n_items
+        assert split.arrays["item_example"].tolist() == [0] * (split.n_items - 1) + [1]
+        # Each word once, in order, at the piece that stands for it in a row that holds all of the sentence.
+        at = [
+            batch["tokens"][row][batch["tag_positions"][row][batch["tags"][row] >= 0]]
+            for row in range(len(batch["tags"]))
+        ]
+        np.testing.assert_array_equal(
+            np.concatenate(at),
+            whole.arrays["tokens"][whole.arrays["tag_positions"] + np.repeat([0, whole.lengths[0]], [10, 2])],
+        )
+        # The last row reaches back to words before its first tag, as far as whole words fill it.
+        last = split.n_items - 2
+        assert batch["tag_positions"][last, 0] > len(tokenizer.encode_words([[words[-1]]])[0])
+        assert batch["length"][last] > 16 - max(len(tokenizer.encode_words([[word]])[0]) for word in words)
+        found = task_results.answers(split, dict(enumerate(batch["tags"])))
+        assert found == [example.label for example in split.examples]
+        assert task_results.score(split, found)["accuracy"] == 1
+    with pytest.raises(
+        UserError, match=r"rows.conll, line 1: the word 'zzzz' is \d pieces, and a row of seq_len=4 holds 2"
+    ):
         split_of(data, tokenizer, seq_len=4)
 
 

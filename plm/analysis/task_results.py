@@ -21,14 +21,21 @@ def answers(split: TaskSplit, predicted: Mapping[int, np.ndarray]) -> list[Any]:
         raise ValueError(f"{len(predicted)} predictions for {split.n_items} items")
     if kind == "span":
         return _decoded(split, predicted)
+    if kind == "tagging":
+        return _tags(split, predicted)
     ordered = [predicted[item] for item in range(split.n_items)]
     if kind == "similarity":
         return [float(scores[0]) for scores in ordered]
-    if kind == "tagging":
-        return [
-            tuple(map(int, tags[: len(example.words)])) for tags, example in zip(ordered, split.examples, strict=True)
-        ]
     return [int(np.argmax(scores)) for scores in ordered]
+
+
+def _tags(split: TaskSplit, predicted: Mapping[int, np.ndarray]) -> list[tuple[int, ...]]:
+    """The tags of each example's words, of all its rows."""
+    found: list[tuple[int, ...]] = [()] * len(split.examples)
+    counts = np.diff(split.arrays["tag_offsets"]).tolist()
+    for item, (example, count) in enumerate(zip(split.arrays["item_example"].tolist(), counts, strict=True)):
+        found[example] += tuple(map(int, predicted[item][:count]))
+    return found
 
 
 def _decoded(split: TaskSplit, predicted: Mapping[int, np.ndarray]) -> list[Decoded]:

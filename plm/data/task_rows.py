@@ -6,9 +6,9 @@
 | bpe | `_start_ a _classify_` | `_start_ a _delimiter_ b _classify_` (GPT, figure 1) |
 | words | `<S> a </S>` | `<S> a </S> <S> b </S>` |
 
-An example is an item, or several where a context is read in windows (span); an item is one row, or as many as it has
-choices, two orders or two texts apart. T is the least of `data.task.buckets` and seq_len that holds all rows of a
-batch; arrays are int32 unless said:
+An example is an item, or several where a context is read in windows (span) or a sentence is longer than a row (tagging:
+rows of whole words, each tagged once); an item is one row, or as many as it has choices, two orders or two texts apart.
+T is the least of `data.task.buckets` and seq_len that holds all rows of a batch; arrays are int32 unless said:
 
 | key | shape | kinds | meaning |
 | --- | --- | --- | --- |
@@ -23,8 +23,8 @@ batch; arrays are int32 unless said:
 Examples without labels (a test set's) have labels 0 and tags 0. An epoch takes each item once: items are shuffled
 within their bucket, cut into batches, and the batches are shuffled; the last batch of a bucket is filled up with rows
 of length 0, which count nothing. Evaluation takes the items in order of their buckets. What is longer than a row is cut
-as the papers' code does, the longer of two texts first (of a choice its context), and counted; where that would lose
-something that is asked for (a word's tag, a target word) it is refused.
+as the papers' code does, the longer of two texts first (of a choice its context), and counted; where that would lose a
+target word it is refused.
 """
 
 import dataclasses
@@ -88,6 +88,24 @@ def _cut(first: int, second: int, room: int) -> tuple[int, int]:
         return first, second
     kept = min(first, max((room + 1) // 2, room - second))
     return kept, min(second, room - kept)
+
+
+def _rows_of_words(word: np.ndarray, n_words: int, room: int) -> list[tuple[slice, slice]]:
+    """(pieces, words) of the rows of a sentence, as few as hold it; `word` [n] is the word of each piece.
+
+    Every word is of one row. A row begins where the one before ends; the last one's pieces reach back to earlier words
+    as far as there is room, so that what is left over is not read alone. No word may be longer than `room`.
+    """
+    if len(word) <= room:
+        return [(slice(0, len(word)), slice(0, n_words))]
+    begins, ends = (np.searchsorted(word, np.arange(n_words), side=side) for side in ("left", "right"))
+    rows, first = [], 0
+    while first < n_words:
+        stop = int(np.searchsorted(ends, begins[first] + room, side="right"))
+        earliest = first if stop < n_words else int(np.searchsorted(begins, len(word) - room))
+        rows.append((slice(int(begins[earliest]), int(ends[stop - 1])), slice(first, stop)))
+        first = stop
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------- examples -> arrays
@@ -231,17 +249,22 @@ class _Rows:
 
     def _add_tagging(self, number, example, texts) -> None:
         ((ids, word, words),) = texts
-        if len(ids) > self.seq_len - 2:
+        room = self.seq_len - self.frame.room(1)
+        sizes = np.bincount(word, minlength=1)
+        if sizes.max() > room:
             raise UserError(
-                f"{example.where}: {len(words)} words are {len(ids)} pieces; a row of seq_len={self.seq_len} holds"
-                f" {self.seq_len - 2}, and tags cannot be cut off: a longer seq_len is right"
+                f"{example.where}: the word {words[sizes.argmax()]!r} is {sizes.max()} pieces, and a row of"
+                f" seq_len={self.seq_len} holds {room}: a longer seq_len is right"
             )
-        (start,) = self._row([(ids, word)], [words])
         pieces = self._pieces(word, len(words))
         # A word of which the tokenizer leaves nothing is tagged at the piece before it.
-        self._put("tag_positions", np.maximum.accumulate(np.where(pieces < 0, 0, pieces)) + start)
-        self._put("tags", np.array(example.label or [0] * len(words), np.int32))
-        self._item(number)
+        at = np.maximum.accumulate(np.where(pieces < 0, 0, pieces))
+        tags = np.array(example.label or [0] * len(words), np.int32)
+        for read_here, tagged_here in _rows_of_words(word, len(words), room):
+            (start,) = self._row([(ids[read_here], word[read_here])], [words])
+            self._put("tag_positions", at[tagged_here] - read_here.start + start)
+            self._put("tags", tags[tagged_here])
+            self._item(number)
 
     def _add_span(self, number, example, texts) -> None:
         (question, question_word, question_words), (context, word, words) = texts

@@ -5,7 +5,7 @@
 
 | budget | points | hardware, time | expected |
 | --- | --- | --- | --- |
-| tiny | 30 pretraining, 60 on tasks | 2 CPU cores, 2 hours | docs/ablations.md |
+| tiny | 30 pretraining, 60 on tasks | 2 CPU cores, 90 minutes | docs/ablations.md |
 | small | 30 pretraining, 270 on tasks | one accelerator, four hours | not measured yet |
 
 The paper's six sizes; at budget tiny a third of their layers, up to six, and a sixth of their width. Perplexity is that

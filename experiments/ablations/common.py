@@ -118,6 +118,7 @@ TUNED: dict[tuple[str, str], dict[str, Any]] = {
     ("paper", "bert"): {},
     ("paper", "frozen"): {},
 }
+TUNED |= {("tiny", f"full-{reads}"): TUNED["tiny", "gpt"] for reads in ("causal", "bidirectional", "masked", "scratch")}
 # Guesses, where nothing was tried: scratch like its model, and tuned by the common rule like by the paper's.
 for _budget in ("tiny", "small", "paper"):
     for _way in ("gpt", "bert", "elmo"):

@@ -9,6 +9,7 @@ Finds every workdir and every study of a sweep in or below the directories and r
 still be going on.
 """
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def main(directories: list[str]) -> None:
     if output.is_dir():
         output /= "report.html"
     with tempfile.TemporaryDirectory() as unpacked:
-        _write([_folder(directory, Path(unpacked)) for directory in directories], output, values)
+        places = [Path(unpacked) / str(number) for number in range(len(directories))]
+        _write([_folder(*one) for one in zip(directories, places, strict=True)], output, values)
 
 
 def _beside(directory: str) -> epath.Path:
@@ -45,14 +47,17 @@ def _beside(directory: str) -> epath.Path:
 
 
 def _folder(directory: str, unpacked: Path) -> str:
-    """A directory as it is, a bundle unpacked."""
-    if not directory.endswith(".tar"):
-        return directory
-    from plm.reporting import bundle
+    """A directory by its one name, so that no run is found by two; of a bundle where it is unpacked."""
+    if directory.endswith(".tar"):
+        from plm.reporting import bundle
 
-    folder = unpacked / Path(directory).stem
-    bundle.unpack(Path(directory), folder)
-    return str(folder)
+        folder = unpacked / Path(directory).stem
+        bundle.unpack(Path(directory), folder)
+        return str(folder)
+    if "://" in directory or not os.path.isdir(directory):
+        return directory
+    folder = os.path.realpath(directory)
+    return folder if os.path.isabs(directory) else os.path.relpath(folder)
 
 
 def _write(directories: list[str], output: epath.Path, values: flags.FlagValues) -> None:

@@ -317,6 +317,40 @@ def test_broken_and_young_runs_do_not_stop_the_page(tmp_path):
     Reader(page.html(page.prepare([found_empty(tmp_path)])))
 
 
+def test_a_run_that_diverged_before_its_first_evaluation_is_listed(tmp_path):
+    make_run(tmp_path / "good", "gpt")
+    diverged = make_run(tmp_path / "diverged", "gpt", lr=1e20, status="failed", error="the loss is nan")
+    lines = [json.loads(line) for line in (diverged / "metrics.jsonl").read_text().splitlines()]
+    lines = [{key: None if key.startswith("eval/") else value for key, value in line.items()} for line in lines]
+    (diverged / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = " ".join(Reader(page.html(page.prepare([found(tmp_path)]))).text)
+    assert "the loss is nan" in text
+
+
+def test_a_point_that_failed_before_it_began_is_listed(tmp_path):
+    make_run(tmp_path / "good", "gpt")
+    for name, code in (("refused", 2), ("measured", 0), ("stopped", 75), ("killed", 137), ("waiting", None)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "point.json").write_text(json.dumps({"return_code": code}))
+        (tmp_path / name / "log.txt").write_text("reading\nerror: seq_len=4 is too short\n\n")
+    by_name = {run.name: run.status for run in found(tmp_path)}
+    assert by_name == {"good": "complete", "refused": "failed, no step logged: seq_len=4 is too short"}
+    text = " ".join(Reader(page.html(page.prepare([found(tmp_path)]))).text)
+    assert "seq_len=4 is too short" in text
+
+
+def test_seeds_of_what_goes_on_from_seeds_are_one_arm(tmp_path):
+    for seed in range(3):
+        for at in ("", "@100"):
+            folder = make_run(tmp_path / f"on{at}-seed{seed}", "gpt", seed=seed)
+            config = json.loads((folder / "config.json").read_text())
+            config["init"] = {"from": f"runs/gpt-seed{seed}{at}", "keep": "all"}
+            (folder / "config.json").write_text(json.dumps(config))
+    groups = runs.arms(found(tmp_path))
+    assert sorted(len(arm.runs) for arm in groups) == [3, 3]
+    assert {arm.first.settings["init.from"] for arm in groups} == {"runs/gpt", "runs/gpt@100"}
+
+
 def test_an_older_checkpoint_evaluated_last_does_not_replace_the_newest(tmp_path):
     folder = make_run(tmp_path / "run", "gpt", steps=300)
     row = {"suite": "ngrams", "metric": "kneser_ney_1/forward", "split": "valid"}

@@ -190,6 +190,34 @@ def test_what_was_pretrained_on_is_flagged(root):
     assert "FLAGGED: of the task's 8-grams these were in the pretraining text: sst2 2.0%." in table.note
 
 
+def test_a_measured_model_is_flagged_by_the_suite_of_overlaps(root):
+    study = studies.read(root)
+    study.columns.append(Column("probe", "linear probe", "probes", "sst2/trained/accuracy", part=""))
+    study.cell("new", "probe", str(root.parent / "shared" / "model-new-seed2"), 2)
+    path = root.parent / "shared" / "model-new-seed2" / "results.jsonl"
+    row = {"suite": "overlap", "metric": "sst2/8_grams", "split": "test", "step": 600, "n": 9, "value": 0.42}
+    assert Results(study).pretrained(study.column("probe")) == 0
+    path.write_text(path.read_text() + json.dumps(row) + "\n")
+    assert Results(study).pretrained(study.column("probe")) == 0.42
+    further = tables.further_table(report_runs.arms(report_runs.find([str(path.parent)])))
+    assert [metric for _, metric, *_ in further.rows if "8_grams" in metric] == ["sst2/8_grams FLAGGED"]
+
+
+def test_a_column_without_spread_is_not_divided_by_it(root):
+    study = studies.read(root)
+    for row in ("new", "old"):
+        for seed in SEEDS:
+            path = root / f"{row}-seed{seed}" / "results.jsonl"
+            rows = [json.loads(line) | {"value": 0.0} for line in path.read_text().splitlines()[:-1]]
+            path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    results = Results(study)
+    claim = next(claim for claim in study.claims if claim.standardised)
+    assert study_tables.measure(results, claim) is None
+    table = study_tables.claims_table(results)
+    (row,) = [row for row in table.rows if row[0] == claim.name]
+    assert row[-1] == "cannot be standardised: all arms are equal on SST-2"
+
+
 def test_a_quantity_of_every_arm_is_drawn_beside_the_papers(root):
     results = Results(studies.read(root))
     column = dataclasses.replace(results.study.column("score"), group="arms")
@@ -322,10 +350,21 @@ def test_a_study_whose_runs_all_lie_elsewhere_or_have_not_begun(root, tmp_path):
     assert "not measured yet" in (tmp_path / "other/report.html").read_text()
 
 
+def test_a_run_is_one_by_whatever_path_it_is_found(root, tmp_path):
+    (tmp_path / "link").symlink_to(root)
+    (tmp_path / "two").mkdir()
+    for given, bundle_file in ((root, "b.tar"), (tmp_path / "link", "two/b.tar"), (root / ".." / "root", "c.tar")):
+        done = report(given, f"--bundle={tmp_path / bundle_file}", f"--output={tmp_path / 'page.html'}")
+        assert "35 runs (35 complete)" in done.stdout, done.stdout + done.stderr
+    done = report(tmp_path / "b.tar", tmp_path / "two" / "b.tar", f"--output={tmp_path / 'page.html'}")
+    assert "70 runs (70 complete)" in done.stdout, done.stdout + done.stderr
+
+
 def test_a_file_that_is_no_study_or_no_bundle(tmp_path):
-    (tmp_path / "study.json").write_text("{}")
-    with pytest.raises(UserError, match=r"study\.json holds no study"):
-        studies.read(tmp_path)
+    for text in ("{}", "[]"):
+        (tmp_path / "study.json").write_text(text)
+        with pytest.raises(UserError, match=r"study\.json holds no study"):
+            studies.read(tmp_path)
     (tmp_path / "x.tar").write_text("no tar")
     with pytest.raises(UserError, match="is no bundle"):
         bundle.unpack(tmp_path / "x.tar", tmp_path)

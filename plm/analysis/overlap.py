@@ -15,6 +15,7 @@ import numpy as np
 from plm.data.examples import COPIED_WORDS, Example, words
 
 PRETRAINED = "pretrained_8_grams"  # metric of a run on a task: the share of it that its model was pretrained on
+SHARE = "8_grams"  # metric of the suite `overlap`, measured of a pretrained model
 FLAG = 0.01  # protocol 1: above this share a task's numbers are flagged wherever they stand
 BLOCK = 1 << 20
 
@@ -22,6 +23,12 @@ BLOCK = 1 << 20
 def flag(share: float) -> str:
     """What stands behind a task or its number where this share of it was pretrained on."""
     return " FLAGGED" if share > FLAG else ""
+
+
+def is_share(row: Mapping, task: str) -> bool:
+    """Whether a row of results.jsonl says what share of a task's 8-grams its model was pretrained on."""
+    metric = row.get("metric")
+    return metric == f"{task}/{PRETRAINED}" or (row.get("suite") == "overlap" and metric == f"{task}/{SHARE}")
 
 
 @dataclasses.dataclass(frozen=True)

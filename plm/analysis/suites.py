@@ -428,7 +428,7 @@ def evaluate_overlap(run: Run, settings: Mapping, data: TaskData) -> Outcome:
     rows = []
     for split, one in found.items():
         touched = one.touched / one.examples
-        rows.append({"metric": f"{data.name}/8_grams", "split": split, "n": one.runs, "value": one.share})
+        rows.append({"metric": f"{data.name}/{overlap.SHARE}", "split": split, "n": one.runs, "value": one.share})
         rows.append({"metric": f"{data.name}/examples", "split": split, "n": one.examples, "value": touched})
     shares = ", ".join(f"{split} {one.share:.2%}" + " FLAGGED" * one.flagged for split, one in found.items())
     return Outcome(rows, note=f"8-grams of {data.name} in the pretraining text: {shares}")
@@ -552,7 +552,11 @@ def _pretrained_share(run: Run, data: TaskData) -> tuple[float | None, str]:
 
         def is_of_task(row: metrics.Result) -> bool:
             stamp = noted.get(f"overlap {data.name}@{row.step}", {})
-            return (row.suite, row.metric, stamp.get("task")) == ("overlap", f"{data.name}/8_grams", data.fingerprint)
+            return (row.suite, row.metric, stamp.get("task")) == (
+                "overlap",
+                f"{data.name}/{overlap.SHARE}",
+                data.fingerprint,
+            )
 
         shares = [row.value for row in metrics.read_results(source) if is_of_task(row)]
         if not shares:

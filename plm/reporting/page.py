@@ -135,6 +135,7 @@ def prepare(
     groups: runs that may share tables; all_results: of studies; on_tasks: runs that are nothing but cells of them.
     """
     parts = [of_studies(all_results, on_tasks)] if all_results else []
+    groups = [runs for runs in groups if runs] or ([] if parts else [[]])
     for number, runs in enumerate(groups, 1):
         name = next((run.get("corpus", "source") for run in runs if run.corpus), "unknown source")
         fingerprint = next((run.corpus for run in runs if run.corpus), "unknown")

@@ -52,10 +52,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from plm.command import INTERRUPTED
 from plm.errors import UserError
 from plm.reporting.statistics import Summary, summarise
 
 MARKS = ("run.json", "config.json", "metrics.jsonl")
+POINT = "point.json"  # what a sweep notes of a point; alone in a workdir where the run failed before it began
 NOT_A_SETTING = ("seed", "seeds", "mesh", "microbatches", "checkpoint", "eval", "log", "workdir", "name")
 SEED_SUFFIX = re.compile(r"([-_/., ]+(seed|s)[-_= ]?\d+)+$")
 
@@ -239,9 +241,32 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The resolved config, flat, without what does not make an arm of its own (seeds, mesh, logging, ...)."""
-        kept = {key: value for key, value in self.config.items() if key not in NOT_A_SETTING}
-        return dict(_flat(kept))
+        """The resolved config, flat, without what does not make an arm of its own (seeds, mesh, logging, ...), be it
+        that of the model that it starts from."""
+        kept = dict(_flat({key: value for key, value in self.config.items() if key not in NOT_A_SETTING}))
+        if kept.get("init.from"):
+            kept["init.from"] = without_seed(str(kept["init.from"]))
+        return kept
+
+
+def without_seed(source: str) -> str:
+    """A run's name, folder or DIR@STEP without the number of its seed at the end."""
+    folder, at, step = source.partition("@")
+    return SEED_SUFFIX.sub("", folder) + at + step
+
+
+def failed_early(folder: epath.Path) -> dict:
+    """What stands for run.json of a point that failed before it wrote one; {} for any other folder."""
+    try:
+        code = json.loads((folder / POINT).read_text()).get("return_code")
+        code = int((folder / "return_code").read_text()) if code is None else code  # a job of Slurm wrote it
+        log = (folder / "log.txt").read_bytes().decode(errors="replace")
+    except (OSError, ValueError, AttributeError):
+        return {}
+    if not 0 < code <= 128 or code == INTERRUPTED:  # 0: a measurement, which is no run; else a signal
+        return {}
+    said = [line for line in log.splitlines() if line.strip()]
+    return {"status": "failed", "error": said[-1].removeprefix("error: ") if said else f"exit code {code}"}
 
 
 def find(directories: Sequence[str], *, may_be_none: bool = False) -> list[Run]:
@@ -259,7 +284,7 @@ def find(directories: Sequence[str], *, may_be_none: bool = False) -> list[Run]:
             folder = waiting.pop()
             children = sorted(folder.iterdir(), key=lambda child: child.name)
             names = {child.name for child in children}
-            if names.intersection(MARKS):
+            if names.intersection(MARKS) or (POINT in names and failed_early(folder)):
                 found.setdefault(str(folder), read(folder, names))
             else:
                 waiting += [child for child in children[::-1] if not child.name.startswith(".") and child.is_dir()]
@@ -323,7 +348,7 @@ def read(folder: epath.Path, names: set[str]) -> Run:
         return rows
 
     run.config = load("config.json", dict, required=True)
-    run.record = load("run.json", dict, required=True)
+    run.record = load("run.json", dict, required=True) or failed_early(folder)
     by_step: dict[int, dict] = {}  # training and held-out numbers of a step are lines of their own
     for line in lines("metrics.jsonl", required=True):
         if is_finite(line.get("step")):
@@ -336,10 +361,15 @@ def read(folder: epath.Path, names: set[str]) -> Run:
 
 
 def _newest(rows: Iterable[dict]) -> list[dict]:
-    """One row for each number that was measured: of its highest step, and of several there the one written last."""
+    """One row for each number that was measured: of its highest step, and of several there the one written last.
+
+    What the loop measured on the way has no predictions and is a number of its own: the step that was chosen, and
+    measured with them, may be an earlier one.
+    """
     newest: dict[tuple, dict] = {}
     for row in rows:
         key = tuple(row.get(name) for name in ("suite", "metric", "split", "pretrain_seed", "head_seed"))
+        key += (bool(row.get("predictions")),)
         if key not in newest or (row.get("step") or 0) >= (newest[key].get("step") or 0):
             newest[key] = row
     return list(newest.values())
@@ -402,9 +432,7 @@ def arms(runs: Iterable[Run]) -> list[Arm]:
         settings = run.settings or {"path": run.path}  # without a config nothing says that two runs are alike
         key = json.dumps([settings, run.vocabulary], sort_keys=True, default=str)
         groups.setdefault(hashlib.sha256(key.encode()).hexdigest(), []).append(run)
-    result = [
-        Arm(SEED_SUFFIX.sub("", group[0].name) if len(group) > 1 else group[0].name, group) for group in groups.values()
-    ]
+    result = [Arm(without_seed(group[0].name) if len(group) > 1 else group[0].name, group) for group in groups.values()]
     _make_unique(result)
     return result
 

@@ -16,9 +16,10 @@ import numpy as np
 from etils import epath
 
 from plm.analysis.minimal_pairs import GENERATED_SET
-from plm.analysis.overlap import PRETRAINED
+from plm.analysis.overlap import is_share
 from plm.analysis.results import counts_file
 from plm.errors import UserError
+from plm.reporting.runs import failed_early
 
 FILE = "study.json"
 SELECTION = ("dev", "dev, first half")
@@ -201,7 +202,7 @@ def read(folder: epath.PathLike) -> Study:
             where = (one["row"], one["column"], place(one["place"]), one["seed"], one["head"])
             study.cell(*where, one["metric"], one.get("suite", ""))
         study.models = [place(model) for model in values["models"]]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{folder / FILE} holds no study ({type(error).__name__}: {error})") from None
     return study
 
@@ -250,10 +251,14 @@ class Results:
 
     def pretrained(self, column: Column) -> float:
         """The largest share of the task's 8-grams that a model of this column was pretrained on, as far as measured."""
-        metric = f"{column.metric.partition('/')[0]}/{PRETRAINED}"
         cells = (cell for (_, name), own in self.study.cells.items() if name == column.name for cell in own)
-        rows = (row for cell in cells for row in self._read(cell.place) if row.get("metric") == metric)
-        return max((row["value"] for row in rows), default=0.0)
+        shares = (
+            row["value"]
+            for cell in cells
+            for row in self._read(cell.place)
+            if is_share(row, (cell.metric or column.metric).partition("/")[0])
+        )
+        return max(shares, default=0.0)
 
     @property
     def missing(self) -> list[str]:
@@ -278,7 +283,7 @@ def _facts(place: str) -> dict:
     try:
         facts = json.loads((epath.Path(place) / "run.json").read_text())
     except (OSError, ValueError):
-        return {}
+        return failed_early(epath.Path(place))
     return facts if isinstance(facts, dict) else {}
 
 

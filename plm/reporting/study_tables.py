@@ -97,7 +97,7 @@ def claims_table(results: Results) -> Table | None:
         kind = claim.family or ("exploratory" if any(other.family for other in study.claims) else None)
         row = [claim.name, claim.text + _flag_of(results, claim), kind, claim.effect]
         if one is None:
-            rows.append([*row, None, None, unit, None, None, None, smallest, "not measured yet"])
+            rows.append([*row, None, None, unit, None, None, None, smallest, _unmeasured(results, claim)])
             continue
         interval = None if one.interval is None else " to ".join(map(Column("", "", _signed).number, one.interval))
         ours, n, word = summarise(one.by_seed), len(one.by_seed), verdict(one, smallest).text()
@@ -181,18 +181,20 @@ def _signed(value: float) -> str:
     return text if float(text) else "0.0"
 
 
-def smallest_effect(results: Results, claim: Claim) -> float:
-    """Of the columns that the claim is about, in the claim's own unit."""
-    smallest = []
-    for _, column, _ in claim.terms:
-        scale = _deviation(results, column) if claim.standardised else 1.0
-        smallest.append(results.study.column(column).smallest / scale)
-    return float(np.mean(smallest))
+def smallest_effect(results: Results, claim: Claim) -> float | None:
+    """Of the columns that the claim is about, in the claim's own unit; None where that is not known (`_scales`)."""
+    scale = _scales(results, claim)
+    if None in scale.values():
+        return None
+    return float(np.mean([results.study.column(column).smallest / scale[column] for _, column, _ in claim.terms]))
 
 
 def measure(results: Results, claim: Claim) -> Contrast | None:
-    """Over the pretraining runs that all cells of the claim have; None where there is none."""
-    scale = {column: _deviation(results, column) if claim.standardised else 1.0 for _, column, _ in claim.terms}
+    """Over the pretraining runs that all cells of the claim have; None where there is none, or where a column that has
+    to be divided by its deviation has none."""
+    scale = _scales(results, claim)
+    if None in scale.values():
+        return None
     cells = [(results.by_seed(row, column), weight / scale[column], column) for row, column, weight in claim.terms]
     seeds = sorted(set.intersection(*(set(by_seed) for by_seed, _, _ in cells)))
     if not seeds:
@@ -209,10 +211,26 @@ def measure(results: Results, claim: Claim) -> Contrast | None:
     return contrast(terms)
 
 
-def _deviation(results: Results, column: str) -> float:
-    """Of a column over the runs of all arms that are no controls."""
-    values = [value for row in results.study.rows if not row.control for value in results.means(row.name, column)]
-    return max(float(np.std(values, ddof=1)) if len(values) > 1 else 1.0, 1e-9)
+def _scales(results: Results, claim: Claim) -> dict[str, float | None]:
+    """{column: what its numbers are divided by}: if the claim is standardised their deviation over the runs of all arms
+    that are no controls, None where there are fewer than two or all are equal."""
+    columns = dict.fromkeys(column for _, column, _ in claim.terms)
+    if not claim.standardised:
+        return dict.fromkeys(columns, 1.0)
+    models, scales = [row.name for row in results.study.rows if not row.control], {}
+    for column in columns:
+        values = [value for row in models for value in results.means(row, column)]
+        scales[column] = float(np.std(values, ddof=1)) if len(values) > 1 and np.ptp(values) > 0 else None
+    return scales
+
+
+def _unmeasured(results: Results, claim: Claim) -> str:
+    """Why `measure` has no number of a claim."""
+    if all(results.means(row, column) for row, column, _ in claim.terms):
+        flat = [results.study.column(name).label for name, scale in _scales(results, claim).items() if scale is None]
+        if flat:
+            return f"cannot be standardised: all arms are equal on {', '.join(flat)}"
+    return "not measured yet"
 
 
 def _measured(study: Study) -> str:
@@ -282,7 +300,9 @@ def overview(all_results: Sequence[Results]) -> Table | None:
         study = results.study
         for claim in study.claims:
             found = measure(results, claim)
-            word = "not measured yet" if found is None else verdict(found, smallest_effect(results, claim)).text()
+            word = (
+                _unmeasured(results, claim) if found is None else verdict(found, smallest_effect(results, claim)).text()
+            )
             ours = None if found is None else summarise(found.by_seed)
             n = None if found is None else len(found.by_seed)
             text, kind = claim.text + _flag_of(results, claim), claim.family or "exploratory"

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from plm.analysis.overlap import flag, is_share
 from plm.reporting.runs import Arm, Run, differing_settings, is_finite
 from plm.reporting.statistics import Summary, smallest_p, summarise
 
@@ -192,7 +193,7 @@ class Measure:
         if self.in_bits and not run.get("tokenizer", "lossless"):
             return None
         for metric in self.metrics:
-            if any(f"eval/{metric}" in line for line in run.metrics):
+            if any(is_finite(line.get(f"eval/{metric}")) for line in run.metrics):
                 return f"eval/{metric}"
         return None
 
@@ -652,6 +653,13 @@ def further_table(all_arms: Sequence[Arm]) -> Table | None:
     rows = []
     for arm in all_arms:
         found: dict[tuple, dict[int, dict]] = {}
+        measured = [row for run in arm.counted for row in run.results]
+
+        def seen(metric: str, measured=measured) -> float:
+            """Of the 8-grams of the task that a metric is of."""
+            shares = (row["value"] for row in measured if is_share(row, metric.partition("/")[0]))
+            return max(filter(is_finite, shares), default=0.0)
+
         for index, run in enumerate(arm.counted):
             for row in run.results:
                 if row.get("suite") not in SHOWN_ELSEWHERE and is_finite(row["value"]):
@@ -660,7 +668,7 @@ def further_table(all_arms: Sequence[Arm]) -> Table | None:
         for (suite, metric, split), by_run in found.items():
             values = [float(np.mean([row["value"] for row in heads.values()])) for heads in by_run.values()]
             n = next(iter(next(iter(by_run.values())).values())).get("n")
-            rows.append([suite, metric, split, arm.label, summarise(values), n])
+            rows.append([suite, metric + flag(seen(metric)), split, arm.label, summarise(values), n])
     if not rows:
         return None
     rows.sort(key=lambda row: (row[0], row[1], str(row[2])))

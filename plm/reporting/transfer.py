@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from plm.analysis.overlap import PRETRAINED, flag
 from plm.analysis.results import MAJORITY
-from plm.reporting.runs import SEED_SUFFIX, Run, is_finite
+from plm.reporting.runs import Run, is_finite
 from plm.reporting.statistics import Summary, summarise
 from plm.reporting.studies import is_selection
 from plm.reporting.tables import Column, Table
@@ -39,7 +39,6 @@ def _measured(run: Run) -> dict[str, dict[str, dict]]:
 
 def _cell(run: Run) -> str:
     settings = {key: value for key, value in run.settings.items() if key not in (*TRIED, *_DEPENDENT)}
-    settings["init.from"] = SEED_SUFFIX.sub("", str(settings.get("init.from", "")))
     return json.dumps([settings, run.vocabulary], sort_keys=True, default=str)
 
 
@@ -48,7 +47,7 @@ def _label(run: Run) -> str:
     settings = run.settings
     source = str(settings.get("init.from", "")).rstrip("/").rsplit("/", 1)[-1] or "no model"
     start = {"nothing": "from scratch, vocabulary of", "all": "going on from"}.get(str(settings.get("init.keep")), "")
-    parts = [f"{start} {SEED_SUFFIX.sub('', source)}".strip()]
+    parts = [f"{start} {source}".strip()]
     frozen = settings.get("optimizer.freeze")
     parts += ["frozen"] if frozen else []
     heads = {key.split(".")[1] for key in settings if re.fullmatch(r"objectives\.\w+\.reads", key)}

@@ -25,7 +25,9 @@ def test_what_is_best_and_when_no_better_one_is_waited_for():
     assert best.exhausted
     lines = [{"step": 2, "eval/accuracy": 0.5}, {"step": 3, "train/loss": 1.0}, {"step": 4, "eval/accuracy": 0.4},
              {"step": 6, "eval/accuracy": 0.9}]  # fmt: skip
-    again = Best("accuracy", lower=False).replay(lines, 4)
+    unsaved = Best("accuracy", lower=False).replay(lines, 6, {4})
+    assert (unsaved.step, unsaved.since) == (4, 1), "of what has no checkpoint nothing can be the best"
+    again = Best("accuracy", lower=False).replay(lines, 4, {2, 4})
     assert (again.step, again.since, again.exhausted) == (2, 1, False), "what came after step 4 has not happened"
     losses = Best("loss", lower=True)
     assert [losses.add(step, {"eval/loss": v}) for step, v in ((1, 2.0), (2, 3.0), (3, 1.0))] == [True, False, True]

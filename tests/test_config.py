@@ -69,6 +69,14 @@ def test_tables_agree_with_the_code_that_reads_them():
         (GPT, {"model.direction": "full"}, r"objectives\.causal needs model\.direction='forward', not 'full'"),
         (GPT, {"data.layout": "pairs"}, r"data\.layout='pairs' needs \[CLS\] and \[SEP\]"),
         (GPT, {"init.keep": "all"}, r"give init\.from as well"),
+        (
+            GPT,
+            {"init.keep": "all", "init.from": "x", "init.reset": "head"},
+            r"init\.reset='head' is not for init\.keep",
+        ),
+        (GPT, {"seed": 2**32}, r"seed=4294967296 must be less than 2\*\*32"),
+        (GPT, {"seeds.data": 10**19}, r"seeds\.data=10000000000000000000 must be less"),
+        (GPT, {"optimizer.eps": 0.0}, r"optimizer\.eps=0\.0 must be"),
         (GPT, {"data.valid_fraction": "0"}, r"leaves nothing to evaluate on"),
         (ELMO, {"model.lstm.projection": "64"}, r"model\.width=128 must equal the LSTM layers' output width 64"),
         (ELMO, {"model.direction": "full", "model.width": "256"}, r"objectives\.bidirectional needs"),
@@ -185,6 +193,7 @@ def test_resolve_fills_seeds_and_checks_the_schedule():
     [
         ("openai_linear", 138, 1),  # 0.28 of a step: the first one has rate 0, as in OpenAI's code
         ("openai_linear", 700, 2),  # 1.4
+        ("openai_cosine", 138, 1),
         ("bert_linear", 138, 0),  # Google's code cuts
         ("bert_linear", 900, 1),
     ],

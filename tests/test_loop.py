@@ -22,6 +22,7 @@ from plm.data import tokenizers
 from plm.data.tokenizers import Tokenizer
 from plm.errors import UserError
 from plm.models.graph import build
+from plm.reporting import runs as report_runs
 from plm.training import checkpoint, loop, program
 from plm.training import config as configs
 from plm.training.metrics import read_metrics, read_results
@@ -346,6 +347,15 @@ def test_init_from_all_of_another_run_goes_on_with_optimizer_and_step(uninterrup
     loop.train(config_of("pairs", text, **{"init.from": f"{source}@15", "init.keep": "all"}), tmp_path / "all")
     assert_same_checkpoint(tmp_path / "all", source)
     assert [line for line in lines_of(source) if line["step"] > 15] == lines_of(tmp_path / "all")
+    shorter = {"init.from": f"{source}@15", "init.keep": "all", "seq_len": config_of("pairs", text).seq_len // 2}
+    loop.train(config_of("pairs", text, **shorter), tmp_path / "shorter")
+    first, second = (json.loads((path / "run.json").read_text()) for path in (source, tmp_path / "shorter"))
+    per_step = first["tokens_per_step"]
+    assert second["tokens_per_step"] == per_step / 2
+    assert second["tokens"] == 15 * per_step + 9 * per_step / 2, "the steps before were twice as long"
+    assert 15 * first["flops_per_step"] < second["flops"] < first["flops"]
+    (run,) = report_runs.find([str(tmp_path / "shorter")])
+    assert (run.flops, run.at("tokens", np.array([24]))[0] > 0) == (pytest.approx(second["flops"]), True)
     with pytest.raises(UserError, match=r"has done 24 steps, which init\.keep='all' counts: total_steps=24"):
         loop.train(config_of("pairs", text, **{"init.from": str(source), "init.keep": "all"}), tmp_path / "late")
 

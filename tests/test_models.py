@@ -157,6 +157,29 @@ def test_vocabulary_nll_is_the_softmax_cross_entropy(chunk):
     np.testing.assert_allclose(hits, jnp.sum(weights * (best == targets)), rtol=1e-6)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_table_of_its_own_is_what_trains_where_the_input_matrix_is_dropped(tied):
+    settings = {"tied": tied, "embedding_dropout": 0.5, "embedding_dropout_on": "matrix"}
+    graph = toy_graph("transformer", "forward", **settings)
+    params = graph.init(jax.random.key(0))
+    batch, noise = toy_batch("forward"), Noise(jax.random.key(1), jnp.arange(4))
+
+    def loss(params):
+        model = graph.bind(params)
+        outputs, _ = model(batch, {}, noise)
+        head = model.heads["causal"]
+        return head.nll(
+            outputs["hidden"], batch["causal_targets"], batch["causal_weights"], table=outputs.get("table")
+        )[0]
+
+    gradient = jax.grad(loss)(params)
+    tables = [
+        gradient["embedding"]["tokens"]["table"],
+        *([] if tied else [gradient["heads"]["causal"]["table"]["table"]]),
+    ]
+    assert all(np.abs(table).max() > 0 for table in tables)
+
+
 def test_padding_rows_of_the_table_get_no_probability_and_no_gradient():
     graph = toy_graph("transformer", "forward")
     params = graph.init(jax.random.key(0))

@@ -160,7 +160,8 @@ class Model:
         """The name of its language model's head."""
         names = [name for name in LANGUAGE_HEADS if name in self.config.objectives]
         if not names:
-            raise UserError(f"{self.source} has no language model's head: it was trained for {self.config.objectives}")
+            trained = ", ".join(self.config.objectives)
+            raise UserError(f"{self.source} has no language model's head: it was trained for {trained}")
         return names[0]
 
     @property

@@ -139,6 +139,7 @@ class LanguageModel(nnx.Module):
 
         self.blocks = Stack(make, model.layers, rngs=rngs)
         self.backward_blocks = Stack(make, model.layers, rngs=rngs) if model.direction == "both" else None
+        self.tied = model.tied
         heads = {}
         for name in objectives:
             if name == "next_sentence":
@@ -266,7 +267,7 @@ class LanguageModel(nnx.Module):
                 by_layer_b = jnp.concatenate([x_b[None], by_layer_b])
                 aligned = jax.vmap(lambda a: reverse_within(a, length))(by_layer_b)
                 by_layer = jnp.concatenate([by_layer, aligned], axis=-1)
-        classes = self.embedding.classes(T, noise, table)
+        classes = self.embedding.classes(T, noise, table) if self.tied else None
         if classes is not None:
             outputs["table"] = classes
         if layers:

@@ -175,7 +175,8 @@ class Run:
             return steps
         if axis == "flops":
             per_step = self.get("flops_per_step")
-            return steps * per_step if per_step else None
+            begins, before = self._earlier("flops")
+            return before + (steps - begins) * per_step if per_step else None
         n_tokens = self.get("store", "train", "n_tokens")
         factor, key = 1, "seconds"
         if axis == "tokens":
@@ -186,7 +187,14 @@ class Run:
         if len(known):
             return factor * np.interp(steps, np.append(0, known_steps), np.append(0, known))
         per_step = self.get("tokens_per_step")
-        return steps * per_step if axis == "tokens" and per_step else None
+        begins, before = self._earlier("tokens")
+        return before + (steps - begins) * per_step if axis == "tokens" and per_step else None
+
+    def _earlier(self, name: str) -> tuple[int, float]:
+        """(steps, what they took) of the run that this one goes on from, counting its steps."""
+        source = self.get("starts_from", default={}) if self.settings.get("init.keep") == "all" else {}
+        counted = (source.get("counts") or {}).get(name)
+        return (source["step"], counted) if is_finite(counted) else (0, 0.0)
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps [n], values [n]) of the finite values of one metric."""

@@ -6,7 +6,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from plm.errors import UserError
 
@@ -37,11 +37,15 @@ class Best:
             self.since += 1
         return better
 
-    def replay(self, lines: Iterable[Mapping], start: int) -> "Best":
-        """Takes the evaluations that a run had done when it was at step `start`; lines: of metrics.jsonl."""
+    def replay(self, lines: Iterable[Mapping], start: int, saved: Container[int]) -> "Best":
+        """Takes the evaluations that a run had done when it was at step `start`; lines: of metrics.jsonl; saved: the
+        steps that have a checkpoint. Of one without, which was no longer or not yet kept, nothing can be the best."""
         for line in lines:
             if line["step"] <= start and f"eval/{self.name}" in line:
-                self.add(line["step"], line)
+                if line["step"] in saved:
+                    self.add(line["step"], line)
+                elif self.step is not None:
+                    self.since += 1
         return self
 
     @property

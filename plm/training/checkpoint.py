@@ -506,7 +506,7 @@ def split_step(spec: str) -> tuple[str, int | None]:
         if best.get("step") is None:
             raise UserError(f"{spec}: the run in {source} kept no best checkpoint (checkpoint.keep_best)")
         return source, best["step"]
-    if not step.isdigit():
+    if not step.isdecimal():
         if epath.Path(spec).exists():  # a folder with such a name
             return spec, None
         raise UserError(f"{spec!r}: what follows @ must be the step of a checkpoint, a whole number, or {BEST}")

@@ -257,7 +257,7 @@ KEYS: tuple[tuple[str, Any, Rule, str], ...] = (
     ("optimizer.gradient_scale", 1.0, real(0.0, above=True), "factor on gradients, before the clip (ELMo: 20)"),
     ("optimizer.b1", 0.9, real(0.0, 0.9999999), "Adam's decay of the first moment"),
     ("optimizer.b2", 0.999, real(0.0, 0.9999999), "Adam's decay of the second moment"),
-    ("optimizer.eps", 1e-8, real(0.0), "Adam's epsilon"),
+    ("optimizer.eps", 1e-8, real(0.0, above=True), "Adam's epsilon"),
     ("optimizer.accumulator", 1.0, real(0.0, above=True), "Adagrad's initial accumulator"),
     (
         "optimizer.decay",
@@ -590,12 +590,20 @@ def validate(config: ConfigDict, *, complete: bool = True) -> ConfigDict:
             f"optimizer.warmup_fraction={config.optimizer.warmup_fraction:g} and"
             f" optimizer.warmup_steps={config.optimizer.warmup_steps} are both given; one of them holds"
         )
+    for key, seed in (("seed", config.seed), *((f"seeds.{name}", one) for name, one in config.seeds.items())):
+        if seed is not None and seed >= 2**32:  # of JAX's generator: that one would be 0 again
+            raise UserError(f"{key}={seed} must be less than 2**32 = {2**32}")
     if config.batch_size % config.microbatches:
         raise UserError(f"batch_size={config.batch_size} must be divisible by microbatches={config.microbatches}")
     if complete and config.init.keep == "all" and not config.init["from"]:
         raise UserError("init.keep='all' continues another run: give init.from as well")
     if complete and config.init.reset and not config.init["from"]:
         raise UserError(f"init.reset={config.init.reset!r} needs a model to start from: init.from")
+    if config.init.reset and config.init.keep == "all":
+        raise UserError(
+            f"init.reset={config.init.reset!r} is not for init.keep='all', which goes on with every parameter as it is:"
+            " init.keep='params'"
+        )
     return config
 
 
@@ -1055,7 +1063,7 @@ def resolve(config: ConfigDict, *, examples_per_epoch: float | None = None, plat
     if optimizer.warmup_fraction:
         # Rounded first: 0.1 x 30 is 3. Google's code cuts; OpenAI's compares parts, so its first update has rate 0.
         warmup = round(optimizer.warmup_fraction * optimizer.schedule_steps, 6)
-        optimizer.warmup_steps = math.ceil(warmup) if optimizer.schedule == "openai_linear" else math.floor(warmup)
+        optimizer.warmup_steps = (math.ceil if optimizer.schedule.startswith("openai") else math.floor)(warmup)
         optimizer.warmup_fraction = 0.0
     if platform is not None and config.precision.compute == "auto":
         config.precision.compute = "float32" if platform == "cpu" else "bfloat16"
@@ -1079,6 +1087,11 @@ def settle(config: ConfigDict, *, task: str, kind: str, classes: int, vectors: i
         if settings.classes not in (0, classes):
             raise UserError(f"objectives.{name}.classes={settings.classes}: task {task!r} has {classes}")
         settings.classes = classes
+    if settings.get("pairs", "joined") != "joined" and kind not in ("pair", "similarity", "word"):
+        raise UserError(
+            f"objectives.{name}.pairs={settings.pairs!r} is for two texts, and task {task!r} is of kind {kind!r}:"
+            " joined is right"
+        )
     if name == "classify":
         settings.marked = 0 if kind != "word" else 2 if settings.pairs == "joined" else 1
         if kind == "word" and settings.pairs == "both_orders":

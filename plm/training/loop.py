@@ -203,7 +203,7 @@ def train(config, workdir: epath.PathLike) -> dict[str, float]:
             state = first_state(config, corpus, graph, source, program.fresh, program.like, saved, record.say)
             start = int(state.step)
             if best:
-                best.replay(lines, start)
+                best.replay(lines, start, saved.steps())
             ended = start >= config.total_steps or (best and best.exhausted)
             if ended and record.run.facts.get("status") == "complete":
                 record.say(f"already complete after {start:,} steps: {workdir}")

@@ -367,6 +367,7 @@ class RunRecord:
         given = {"corpus": dict(corpus), "tokenizer": dict(tokenizer), **facts}
         self.facts |= {"status": "running", **session, **given, "sessions": sessions}
         del self.facts["from_step"]
+        self.facts.pop("error", None)  # of a session that failed
         self.facts["started"] = sessions[0]["started"]
         self._write()
 
@@ -422,6 +423,9 @@ class Result:
     high: float | None = None
 
 
+# What run.json counts since step 0. Of the text by what it is called in the description of the corpus.
+TEXT_COUNTS = {"text_tokens": "tokens", "bytes": "bytes", "words": "words"}
+COUNTS = ("tokens", *TEXT_COUNTS, "epochs", "flops")
 TARGETS, PERPLEXITY = "_targets", "_perplexity"  # behind the name of a held-out number
 
 

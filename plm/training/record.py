@@ -81,7 +81,7 @@ class Record:
         if self.enabled:
             tokenizer.save(self.workdir / TOKENIZER)
         device = jax.devices()[0]
-        self.start, self.device_kind = start, device.device_kind
+        self.start, self.device_kind, self.n_devices = start, device.device_kind, mesh.size
         self.examples_per_epoch = batches.layout.examples_per_epoch
         # Batches of a task are as long as their rows want.
         widths = getattr(batches.layout, "batches_by_width", None) or {config.seq_len: 1}
@@ -112,7 +112,7 @@ class Record:
             devices={
                 "kind": device.device_kind,
                 "platform": device.platform,
-                "count": jax.device_count(),
+                "count": mesh.size,
                 "processes": jax.process_count(),
                 "mesh": dict(mesh.shape),
             },
@@ -148,7 +148,7 @@ class Record:
             f"{self.text['tokens']:,} tokens of {corpus.meta['source']} by {tokenizer.kind} of {tokenizer.size:,};"
             f" {config.total_steps:,} steps of {self.tokens_per_step:,} tokens,"
             f" {config.total_steps * config.batch_size / self.examples_per_epoch:.2f} epochs;"
-            f" {jax.device_count()} x {device.device_kind}, {config.precision.compute}"
+            f" {mesh.size} x {device.device_kind}, {config.precision.compute}"
         )
         if config.optimizer.warmup_steps >= config.total_steps:
             self.say(
@@ -174,22 +174,22 @@ class Record:
         now = time.perf_counter()
         seconds = max(now - self._last - self._paused, 1e-9) / (step - self._last_step)
         values = {f"train/{name}": value / self._count for name, value in self._sums.items()}
-        skipped = numbers["skipped"]
+        skipped, counts = numbers["skipped"], self._counts(step)
         values |= {
             "train/skipped": skipped,
             "train/skipped_in_a_row": numbers["skipped_in_a_row"],
             "train/learning_rate": optimizer.learning_rate_at(
                 self.config.optimizer, self.config.optimizer.schedule_steps, step - 1 - int(skipped)
             ),
-            "train/tokens": float(step * self.tokens_per_step),
-            "train/epochs": step * self.config.batch_size / self.examples_per_epoch,
+            "train/tokens": float(counts["tokens"]),
+            "train/epochs": counts["epochs"],
             "train/tokens_per_second": self.tokens_per_step / seconds,
             "train/step_seconds": seconds,
             "seconds": self._seconds(),
         }
         if self.flops is not None:
             utilisation = chips.model_flops_utilisation(
-                self.flops, seconds, self.device_kind, jax.device_count(), self.config.precision.compute
+                self.flops, seconds, self.device_kind, self.n_devices, self.config.precision.compute
             )
             if utilisation is not None:
                 values["train/mfu"] = utilisation
@@ -240,17 +240,24 @@ class Record:
             ],
         )
 
+    def _counts(self, step: int) -> dict[str, float | None]:
+        """`metrics.COUNTS` since step 0: of the steps of a run that this one goes on from (`init.keep=all`) as many as
+        it had, for its rows were others."""
+        source = (self.run.facts.get("starts_from") or {}) if self.config.init.keep == "all" else {}
+        begins, earlier = (source["step"], source["counts"]) if source.get("counts") else (0, {})
+        epochs = (step - begins) * self.config.batch_size / self.examples_per_epoch
+        own = {name: epochs * self.text[of] for name, of in metrics.TEXT_COUNTS.items()}
+        own |= {"tokens": (step - begins) * self.tokens_per_step, "epochs": epochs}
+        counts = {name: value + earlier.get(name, 0) for name, value in own.items()}
+        counts = {name: value if name == "epochs" else round(value) for name, value in counts.items()}
+        known = self.flops is not None and (not begins or "flops" in earlier)
+        return counts | {"flops": earlier.get("flops", 0) + (step - begins) * self.flops if known else None}
+
     def _update(self, step: int) -> None:
         before = self.run.facts.get("peak_memory", {})
-        epochs = step * self.config.batch_size / self.examples_per_epoch
         self.run.update(
             step=step,
-            tokens=step * self.tokens_per_step,
-            text_tokens=round(epochs * self.text["tokens"]),
-            bytes=round(epochs * self.text["bytes"]),
-            words=round(epochs * self.text["words"]),
-            epochs=epochs,
-            flops=None if self.flops is None else step * self.flops,
+            **self._counts(step),
             seconds=self._seconds(),
             peak_memory={what: max(size, before.get(what, 0)) for what, size in host.peak_memory().items()},
         )

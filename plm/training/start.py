@@ -18,7 +18,7 @@ from plm.models.graph import ModelGraph
 from plm.models.layers import STACKED, logical_names
 from plm.training import checkpoint
 from plm.training import config as configs
-from plm.training.metrics import RunRecord
+from plm.training.metrics import COUNTS, RunRecord
 from plm.training.record import CONFIG, TOKENIZER
 from plm.training.sharding import PyTree, paths_and_leaves, place
 from plm.training.step import TrainState
@@ -58,7 +58,21 @@ class Source:
             "pretrain_seed": None if self.foreign else seed,
             "corpus": self.facts.get("corpus", {}).get("fingerprint"),
             "format": self.foreign.format if self.foreign else "run",
+            "counts": self._counts(),
         }
+
+    def _counts(self) -> dict[str, float]:
+        """What the run had read and computed at this step, of `metrics.COUNTS`: each update takes as much."""
+        ended, before = self.facts.get("step"), {}
+        if self.config.get("init", {}).get("keep") == "all":
+            before = self.facts.get("starts_from") or {}
+        begins, earlier = (before["step"], before["counts"]) if before.get("counts") else (0, {})
+        step = ended if self.step is None else self.step
+        if not ended or ended <= begins:
+            return {}
+        part = (step - begins) / (ended - begins)
+        known = {name: self.facts[name] for name in COUNTS if self.facts.get(name) is not None}
+        return {name: (value - earlier.get(name, 0)) * part + earlier.get(name, 0) for name, value in known.items()}
 
 
 @functools.lru_cache(maxsize=1)

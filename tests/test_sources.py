@@ -113,6 +113,17 @@ def test_an_unclosed_quotation_mark_does_not_swallow_the_text():
     assert " ".join(found) == text.strip()
 
 
+@pytest.mark.parametrize("space", ["\u00a0", "\u2009", "\u202f", "\u2028", "\u3000", "\x85", " \u00a0", "\u00a0\u3000"])
+def test_any_space_may_stand_between_a_lone_capital_and_a_full_stop(tmp_path, space):
+    text = f"We saw C{space}. elegans there. It moved, and A.B{space}.{space}. stayed."
+    assert "".join(corpora._segment(text)) == text
+    first, *rest = corpora.split_sentences(text)
+    assert first == f"We saw C{space}. elegans there."
+    assert "".join("".join([first, *rest]).split()) == "".join(text.split())
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}), "utf-8")
+    assert sentences(parse(f"jsonl:{tmp_path}/a.jsonl#text")) == [[first, *rest]]
+
+
 def test_json_fields(tmp_path):
     record = {
         "text": "One. Two.\nThree",

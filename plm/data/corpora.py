@@ -1,6 +1,7 @@
 """What a corpus is: documents of sentences, in shards that are read independently and in bounded memory."""
 
 import importlib.metadata
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -80,6 +81,22 @@ def fingerprint_of(*parts) -> str:
 
 
 _PLAIN_END = re.compile(r"[.!?][\"'”’)\]]*\s+(?=[\"'“‘(\[]?[A-Z0-9])")
+# sentencex 1.0 cuts into the bytes of a space that is not ASCII behind a capital letter that stands alone and before a
+# full stop, as in "C\u00a0. elegans", and panics: which no `except Exception` catches.
+_LONE_CAPITAL = re.compile(r"(?<![^\s.])[A-Z][\s.]*\.")
+_WIDE_SPACE = re.compile(r"[^\S\x00-\x7f](?=\.)")
+
+
+def _segment(text: str) -> list[str]:
+    """sentencex's parts of a text, which together are the text; it sees a plain space where another makes it panic."""
+    if text.isascii():
+        return sentencex.segment("en", text)
+    shown = _LONE_CAPITAL.sub(lambda found: _WIDE_SPACE.sub(" ", found[0]), text)
+    parts = sentencex.segment("en", shown)
+    if shown == text:
+        return parts
+    ends = itertools.accumulate(map(len, parts))
+    return [text[end - len(part) : end] for part, end in zip(parts, ends, strict=True)]
 
 
 def split_sentences(text: str) -> list[str]:
@@ -92,7 +109,7 @@ def split_sentences(text: str) -> list[str]:
     found, start = [], 0
     while start < len(text):
         end = start + WINDOW
-        parts = sentencex.segment("en", text[start:end])
+        parts = _segment(text[start:end])
         if end < len(text):
             if len(parts) > 1:
                 parts.pop()

@@ -19,6 +19,7 @@ from plm.randomness import stable_hash
 REFUSALS = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST,
 }  # fmt: skip
+LOCKLESS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # of file systems without locks
 
 
 def cache_directory() -> Path:
@@ -30,16 +31,27 @@ def once(path: Path, make: Callable[[Path], None]) -> Path:
     """`path`, a file or a folder, which `make(temporary)` writes if it is not there yet.
 
     Processes that begin together wait for the first one. What a killed one has left is never taken for whole.
-    Errors: UserError for a cache that cannot be written.
+    Errors: UserError for a cache that cannot be read or written.
     """
-    if not path.exists():
-        with writable(path.parent), locked(path):
-            if not path.exists():
-                temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # NumPy would add a suffix
-                shutil.rmtree(temporary, ignore_errors=True)
-                make(temporary)
-                temporary.replace(path)
+    with writable(path.parent):
+        if not path.exists():
+            with locked(path):
+                if not path.exists():
+                    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # NumPy would add a suffix
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    make(temporary)
+                    _put(temporary, path)
     return path
+
+
+def _put(temporary: Path, path: Path) -> None:
+    """Gives what is made its name; where another host, whose locks are not seen here, was first, its folder stays."""
+    try:
+        temporary.replace(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not path.is_dir():
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remembered(key: list, make: Callable[[], Any]) -> Any:
@@ -75,14 +87,25 @@ def writable(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds `path.lock` while inside; the kernel lets go of it when a process dies, however it dies."""
+    """Holds `path.lock` while inside; the kernel lets go of it when a process dies, however it dies.
+
+    Errors: UserError on a file system that has no locks.
+    """
     with open(path.with_name(path.name + ".lock"), "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _refuse_in_worker()
-            print(f"waiting for another process that is making {path}", file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _refuse_in_worker()
+                print(f"waiting for another process that is making {path}", file=sys.stderr, flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in LOCKLESS:
+                raise
+            raise UserError(
+                f"{path.parent} cannot be locked ({error.strerror}): a folder on a file system with locks is needed;"
+                " PLM_CACHE names the cache's"
+            ) from error
         yield
 
 

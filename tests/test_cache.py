@@ -78,6 +78,35 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, number):
         cache.once(tmp_path / "b", fail)
 
 
+def test_a_cache_that_cannot_be_entered_is_one_line(tmp_path, monkeypatch):
+    def refused(self, **_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "exists", refused)
+    with pytest.raises(UserError, match=r"the cache cannot be written \(.*Permission denied.*set PLM_CACHE"):
+        cache.once(tmp_path / "a", lambda temporary: None)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch, number):
+    def flock(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(cache.fcntl, "flock", flock)
+    with pytest.raises(UserError, match=r"cannot be locked \(.*a file system with locks is needed; PLM_CACHE"):
+        cache.once(tmp_path / "a", lambda temporary: None)
+
+
+def test_a_folder_that_another_host_has_finished_first_is_taken(tmp_path):
+    def make(temporary: Path) -> None:
+        for folder, text in ((temporary, "ours"), (tmp_path / "folder", "theirs")):
+            folder.mkdir()
+            (folder / "a").write_text(text)
+
+    assert (cache.once(tmp_path / "folder", make) / "a").read_text() == "theirs"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "folder.lock"]
+
+
 def test_facts_are_remembered_by_their_whole_key_and_only_cost_time_where_they_cannot_be(tmp_path, monkeypatch):
     monkeypatch.setenv("PLM_CACHE", str(tmp_path / "cache"))
     assert cache.remembered(["a", 1], lambda: {"n": 3}) == {"n": 3}

@@ -312,6 +312,23 @@ def test_a_damaged_store_is_built_again(tmp_path, capsys, damage):
     assert contents(again.directory) == before
 
 
+def test_what_a_killed_build_left_beside_its_finished_store_is_removed(tmp_path):
+    built = store.build(Corpus(tmp_path), Words(), valid_fraction=0.3, workers=1)
+    left = built.directory.with_name(built.directory.name + ".building")
+    (left / "parts").mkdir(parents=True)
+    assert store.build(Corpus(tmp_path), Words(), valid_fraction=0.3, workers=1).directory == built.directory
+    assert not left.exists()
+
+
+def test_a_cache_that_cannot_be_entered_is_one_line(tmp_path, monkeypatch):
+    def refused(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    with pytest.raises(UserError, match=r"the cache cannot be written \(.*Permission denied.*set PLM_CACHE"):
+        store.build(Corpus(tmp_path), Words(), valid_fraction=0.3, workers=1)
+
+
 class Bytes(Words):
     """A fast tokenizer, a token a byte, that meets 1,000 words it has never met in each call."""
 

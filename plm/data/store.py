@@ -159,15 +159,17 @@ def build(
     corpus_fingerprint = _hex(source.fingerprint, how)
     fingerprint = _hex(source.fingerprint, tokenizer.fingerprint, how, VERSION)
     directory = cache_directory() / "stores" / fingerprint
-    store = _open(directory, tokenizer)
-    if store is not None:
-        return store
+    temporary = directory.with_name(fingerprint + ".building")
+    with writable(directory.parent):
+        store = _open(directory, tokenizer)
+        if store is not None:
+            _sweep(temporary, directory)
+            return store
     with writable(directory.parent), locked(directory):
         store = _open(directory, tokenizer)
         if store is not None:
             return store
         shutil.rmtree(directory, ignore_errors=True)
-        temporary = directory.with_name(fingerprint + ".building")
         counts = _make_parts(source, tokenizer, valid_fraction, split, temporary / "parts", workers, progress)
         if not sum(counts[name]["tokens"] for name in SPLITS):
             raise UserError(f"data.source={source.spec!r} holds no text: name files that do")
@@ -196,6 +198,14 @@ def build(
 
 def _hex(*parts) -> str:
     return f"{stable_hash(*parts, bits=128):032x}"
+
+
+def _sweep(temporary: Path, directory: Path) -> None:
+    """Removes what a build left that was killed behind its last rename; a cache that can only be read keeps it."""
+    if temporary.is_dir():
+        with contextlib.suppress(OSError, UserError), locked(directory):
+            if (directory / "meta.json").is_file():  # else it is of a build that goes on
+                shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _open(directory: Path, tokenizer) -> Store | None:

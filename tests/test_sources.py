@@ -240,6 +240,25 @@ def test_fingerprints_depend_on_content_and_reading_only(tmp_path):
     assert printed.stdout.strip() == before
 
 
+def test_a_file_that_changed_behind_its_old_time_is_read_again(tmp_path):
+    path = write(tmp_path / "a.txt", "One.")
+    before, times = parse(f"text:{path}").fingerprint, path.stat()
+    write(path, "Two.")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert parse(f"text:{path}").fingerprint != before
+
+
+def test_a_name_that_is_no_utf8_is_a_name(tmp_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.txt"
+    try:
+        Path(os.fsdecode(path)).write_text("One.")
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    source = parse(f"text:{tmp_path}/*.txt")
+    assert sentences(source) == [["One."]]
+    assert source.fingerprint == parse(f"text:{write(tmp_path / 'plain.txt', 'One.')}").fingerprint
+
+
 def test_documents_are_held_out_by_their_text():
     documents = [Document(f"name {i}", (f"sentence {i}", "end")) for i in range(4000)]
     held_out = {d.sentences for d in documents if split_of(d, 0.05) == "valid"}

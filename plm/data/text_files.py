@@ -90,9 +90,14 @@ def digest(path: str) -> str:
 
 
 def _key(name: str, path: str) -> list:
-    """Of what is remembered of a file: its path, size and time of change."""
+    """Of what is remembered of a file: its path, size and times of change; the second one no program can set back."""
     status = os.stat(path)
-    return [name, VERSION, os.path.abspath(path), status.st_size, status.st_mtime_ns]
+    place = os.path.abspath(path)
+    try:
+        place.encode("utf-8")
+    except UnicodeEncodeError:  # a name of other bytes, which cannot be hashed as text
+        place = repr(os.fsencode(place))
+    return [name, VERSION, place, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _scan(path: str) -> Scan:

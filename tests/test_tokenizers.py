@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from absl import logging
 
-from plm.data import tokenizers
+from plm.data import pipeline, tokenizers
 from plm.data.tokenizers import KINDS, Tokenizer, english_words, standardize, train
 from plm.errors import UserError
 
@@ -356,6 +356,17 @@ def test_a_saved_tokenizer_is_the_same(trained, kind, tmp_path):
         Tokenizer.load(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("kind", ["bpe", "byte_bpe"])
+@pytest.mark.parametrize("pair", [["a"], ["never", "there"]])
+def test_saved_merges_that_do_not_fit_are_one_line(trained, kind, pair, tmp_path):
+    trained[kind].save(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    saved["model"]["merges"].append(pair)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved), "utf-8")
+    with pytest.raises(UserError, match=rf"tokenizer\.json: merge '{' '.join(pair)}' does not fit the vocabulary"):
+        Tokenizer.load(tmp_path)
+
+
 def test_fingerprints_tell_settings_apart(trained):
     tokenizer = trained["bpe"]
     cased = Tokenizer("bpe", tokenizer.vocabulary, tokenizer.roles, merges=tokenizer.merges, lowercase=False)
@@ -371,6 +382,10 @@ def test_official_files_in_the_usual_layouts(tmp_path):
     assert (tokenizer.size, tokenizer.lowercase) == (8, False)  # U+2028 is an entry, not a line break
     assert tokenizer.encode(["The the"]) == [[5, 6]]
     assert Tokenizer.from_official(cased, lowercase=True).encode(["The the"]) == [[6, 6]]
+    marked = tmp_path / "marked.txt"
+    marked.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nthe\n", "utf-8-sig")
+    tokenizer = Tokenizer.from_official(marked)
+    assert (tokenizer.vocabulary[0], tokenizer.roles["pad"], tokenizer.lowercase) == ("[PAD]", 0, True)
     elmo = tmp_path / "elmo.txt"
     elmo.write_text("<S>\n</S>\n<UNK>\nthe\n!!!MAXTERMID\ncat.\n", "utf-8")
     assert Tokenizer.from_official(elmo).encode(["the cat. dog"]) == [[3, 4, 2]]
@@ -379,6 +394,10 @@ def test_official_files_in_the_usual_layouts(tmp_path):
     (tmp_path / "gpt" / "vocab.json").write_text(json.dumps(vocabulary), "utf-8")
     (tmp_path / "gpt" / "merges.txt").write_text("#version: 0.2\na b</w>\n", "utf-8")
     assert Tokenizer.from_official(tmp_path / "gpt").encode(["AB b \n c"]) == [[3, 2, 4, 0]]
+    for torn in ("a", "a b</w> c", "a c"):
+        (tmp_path / "gpt" / "merges.txt").write_text(f"#version: 0.2\na b</w>\n{torn}\n", "utf-8")
+        with pytest.raises(UserError, match=f"gpt/merges.txt: merge '{torn}' does not fit the vocabulary"):
+            Tokenizer.from_official(tmp_path / "gpt")
     (tmp_path / "gpt" / "merges.txt").unlink()
     (tmp_path / "neither.txt").write_text("a\nb\n", "utf-8")
     (tmp_path / "twice.txt").write_text("[UNK]\nb\nb\n", "utf-8")
@@ -391,6 +410,11 @@ def test_official_files_in_the_usual_layouts(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             Tokenizer.from_official(tmp_path / path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_added_word(tmp_path):
+    (tmp_path / "words").write_text("zebra\nquux\n", "utf-8-sig")
+    assert pipeline._added_words(str(tmp_path / "words")) == ["zebra", "quux"]
 
 
 def test_the_command_trains_a_vocabulary_and_refuses_bad_input_in_one_line(tmp_path):

@@ -201,7 +201,7 @@ def _train(source: sources.Source, wanted, valid_fraction: float, progress: bool
 def _added_words(path: str) -> list[str]:
     """The lines of `data.tokenizer.add`."""
     try:
-        lines = epath.Path(path).read_text(encoding="utf-8").splitlines()
+        lines = epath.Path(path).read_text(encoding="utf-8").removeprefix("\ufeff").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.tokenizer.add={path!r} is no readable file of words, one a line ({error})") from None
     words = [line.strip() for line in lines if line.strip()]

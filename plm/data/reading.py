@@ -51,7 +51,9 @@ def read(tokenizer: Tokenizer, texts: Sequence[Text]) -> Reading:
             if not isinstance(word, str):
                 raise UserError(f"texts must be strings or lists of words, not lists of {type(word).__name__}")
             numbers.setdefault((isinstance(text, str), word), len(numbers))
-    # No rule of any tokenizer looks across white space, so each distinct word is read once.
+    # Each distinct word is read once, as rules of tokenizers do not look across white space. Where they do, ids may
+    # differ from those of a store: byte_bpe there keeps runs of white space, of which nothing is read here, and ftfy
+    # (GPT's bpe) leaves HTML entities in text that has a "<" anywhere, and mends mojibake that contains a space.
     encoded, open_words = _read_words(tokenizer, list(numbers))
     ids, of_word = [], []
     for text, split in zip(texts, words, strict=True):

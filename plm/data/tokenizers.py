@@ -208,14 +208,14 @@ class Tokenizer:
             backend.decoder = decoders.WordPiece(prefix="##", cleanup=False)
         elif self.kind == "byte_bpe":
             # An added word has no merges: it is found whole or not at all.
-            model = models.BPE(ids, list(self.merges), ignore_merges=bool(self.added))
+            model = _bpe_model(ids, self.merges, ignore_merges=bool(self.added))
             backend = tokenizers.Tokenizer(model)
             backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
             backend.decoder = decoders.ByteLevel()
         elif self.kind == "bpe":
             unknown = self.vocabulary[self.role("unk")]
             ids = {piece: ids[piece] for piece in self.base}
-            model = models.BPE(ids, list(self.merges), unk_token=unknown, end_of_word_suffix="</w>", fuse_unk=False)
+            model = _bpe_model(ids, self.merges, unk_token=unknown, end_of_word_suffix="</w>", fuse_unk=False)
             backend = tokenizers.Tokenizer(model)
             backend.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(" ")
             # The library numbers them from the size of the model's vocabulary on, as they are numbered here.
@@ -260,9 +260,10 @@ class Tokenizer:
     def with_added(self, words: Sequence[str]) -> "Tokenizer":
         """This one with more words, each an entry of its own behind the others.
 
-        All other text is read as before, but that WordPiece may begin a longer word with an added one. Lower-cased
-        where the tokenizer does. Errors: UserError for a word that is an entry already, is there twice, or is several
-        words to this tokenizer.
+        All other text is read as before, but that WordPiece may begin a longer word with an added one, and that bpe
+        also finds an added one that marks set apart inside a word ("cat.zebra"), whose rest is then read on its own.
+        Lower-cased where the tokenizer does. Errors: UserError for a word that is an entry already, is there twice, or
+        is several words to this tokenizer.
         """
         words = [word.lower() if self.lowercase else word for word in words]
         options = {"lowercase": self.lowercase, "pretokenized": self.pretokenized, "merges": self.merges}
@@ -434,6 +435,8 @@ class Tokenizer:
             ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{directory}: the saved tokenizer cannot be read ({error!r})") from None
+        except UserError as error:
+            raise UserError(f"{directory / 'tokenizer.json'}: {error}") from None
         if version != VERSION:
             raise UserError(f"{directory}: saved under version {version} of the splitting rules; this is {VERSION}")
         if tokenizer.fingerprint != fingerprint:
@@ -461,7 +464,8 @@ class Tokenizer:
                 raise UserError(f"{path}: no vocabulary there; one of {', '.join(names)} would be right")
             path = found
         try:
-            text = path.read_text(encoding="utf-8")
+            # A byte order mark would be a part of the first entry.
+            text = path.read_text(encoding="utf-8").removeprefix("\ufeff")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: not a readable vocabulary file ({error})") from None
         if path.suffix == ".json":
@@ -489,6 +493,17 @@ def _restore(kind, vocabulary, roles, merges, lowercase, pretokenized, added, ma
     return Tokenizer(kind, vocabulary, roles, merges=merges, **options)
 
 
+def _bpe_model(ids: dict[str, int], merges: Sequence[tuple[str, str]], **options) -> models.BPE:
+    """The library's model; its own error for merges that do not fit is a bare Exception without the merge."""
+    for pair in merges:
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= ids.keys():
+            raise UserError(
+                f"merge {' '.join(pair)!r} does not fit the vocabulary: two of its entries, with a space between them,"
+                " that together are a third one would be right"
+            )
+    return models.BPE(ids, list(merges), **options)
+
+
 def _entry(kind: str, word: str) -> str:
     """How the vocabulary writes a whole word."""
     if kind == "byte_bpe":
@@ -512,7 +527,10 @@ def _official_bpe(path: epath.Path, text: str, lowercase: bool | None) -> Tokeni
         roles = {role: ids[token] for role, token in SPECIALS["bpe"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not GPT's encoder (piece -> id, with <unk> and \\n</w>): {error!r}") from None
-    return Tokenizer("bpe", vocabulary, roles, merges=merges, lowercase=lowercase)
+    try:
+        return Tokenizer("bpe", vocabulary, roles, merges=merges, lowercase=lowercase)
+    except UserError as error:
+        raise UserError(f"{merges_path}: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -625,7 +643,9 @@ def _count_words(kind: str, texts: Iterable[str], lowercase: bool, pretokenized:
     """word -> count, as the model sees words.
 
     Counting what stands between spaces and splitting each distinct one once is many times faster than splitting the
-    text, and the same: no rule looks across a space (but ftfy, on mojibake that contains one).
+    text, and the same: no rule looks across a space, but ftfy (on mojibake that contains one, and HTML entities stay
+    in text that has a "<" anywhere) and byte_bpe's, to which the spaces of a run but the last are a word of their own;
+    such words are not counted.
     """
     chunks: collections.Counter[str] = collections.Counter()
     for text in texts:

@@ -12,6 +12,7 @@ from matplotlib.text import Text
 
 from plm.analysis import senses
 from plm.analysis.senses import Occurrence, Settings
+from plm.data import static_vectors
 from plm.errors import UserError
 from plm.inference.model import save
 from plm.reporting import sense_picture
@@ -191,6 +192,13 @@ def test_static_vectors_from_files(models, text, tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             senses.static_neighbours(models["gpt"], "zanu", counts, Settings(), str(tmp_path / name))
+
+
+def test_a_corpus_in_which_every_word_is_rare_has_no_vectors(tmp_path):
+    pytest.importorskip("gensim")
+    (tmp_path / "a.txt").write_text("every word once")
+    with pytest.raises(UserError, match=r"word2vec:text:.*a\.txt: no word occurs 2 times"):
+        static_vectors.read(f"word2vec:text:{tmp_path}/a.txt", "static=it")
 
 
 def test_the_command_and_what_it_refuses(models, text, tmp_path):

@@ -68,7 +68,14 @@ def _train(source: sources.Source, path: Path) -> None:
             for sentence in document.sentences:
                 text.write(" ".join(_PARTS.findall(sentence)) + "\n")
         text.flush()
-        model = Word2Vec(corpus_file=text.name, workers=1, **SETTINGS)
+        try:
+            model = Word2Vec(corpus_file=text.name, workers=1, **SETTINGS)
+        except RuntimeError as error:
+            if "vocabulary" not in str(error):
+                raise
+            raise UserError(
+                f"{TRAINED}{source.spec}: no word occurs {SETTINGS['min_count']} times; a larger corpus is right"
+            ) from None
     model.wv.save_word2vec_format(str(path), binary=True)
 
 

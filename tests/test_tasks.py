@@ -446,6 +446,63 @@ BAD = {  # what is wrong: (task, files, split, message with {f} for the folder)
         {"train.tsv": "sentence1\tsentence2\tgold_label\np\th\tneutral\tneutral\n"},
         r"{f}/train.tsv, line 2: 4 columns, and line 1 has 3",
     ),
+    "half a surrogate pair in a text": (
+        "custom,files={f}/train.jsonl,text=sentence,labels=0+1",
+        {"train.jsonl": '{{"sentence": "a", "label": 1}}\n{{"sentence": "b \\ud83d", "label": 0}}\n'},
+        r"{f}/train.jsonl, line 2: column 'sentence' holds half a surrogate pair",
+    ),
+    "half a surrogate pair in a word": (
+        "custom,kind=tagging,reader=table,files={f}/t.jsonl,text=w,label=y",
+        {"t.jsonl": '{{"w": ["a", "b"], "y": ["P", "Q"]}}\n{{"w": ["a", "\\ud83d"], "y": ["P", "Q"]}}\n'},
+        r"{f}/t.jsonl, line 2: word '\\ud83d' holds half a surrogate pair",
+    ),
+    "half a surrogate pair in a choice": (
+        "dream",
+        {"dev.json": [[["M"], [{"question": "Q", "choice": ["a", "\ud83d"], "answer": "a"}], "1"]]},
+        r"dialogue '1', question 0: choice '\\ud83d' holds half a surrogate pair",
+    ),
+    "half a surrogate pair in an id": (
+        "squad",
+        {"dev-v1.1.json": squad_file(("q\ud83d", "Anna.", "W?", [("Anna", 0)]))},
+        r"question 'q\\ud83d': column 'id' holds half a surrogate pair",
+    ),
+    "DREAM is no list": ("dream", {"dev.json": "7"}, r"{f}/dev.json: the file is a number where the format has a list"),
+    "DREAM's turns are null": (
+        "dream",
+        {"dev.json": [[None, [{"question": "Q", "choice": ["a", "b"], "answer": "a"}], "1"]]},
+        r"dialogue '1': 'turns' is null where the format has a list",
+    ),
+    "DREAM's turns are no texts": (
+        "dream",
+        {"dev.json": [[["M", 3], [{"question": "Q", "choice": ["a", "b"], "answer": "a"}], "1"]]},
+        r"dialogue '1': a turn is 3; text is right",
+    ),
+    "DREAM's questions are null": ("dream", {"dev.json": [[["M"], None, "1"]]}, r"dialogue '1': 'questions' is null"),
+    "RACE's file is a list": ("race_high", {"dev/high/7.txt": "[1]"}, r"{f}/dev/high/7.txt: a JSON list; an object"),
+    "RACE's answers are null": (
+        "race_high",
+        {"dev/high/7.txt": {"article": "A.", "questions": ["?"], "options": [["a", "b"]], "answers": None}},
+        r"{f}/dev/high/7.txt: 'answers' is null where the format has a list",
+    ),
+    "SQuAD's answers are null": (
+        "squad",
+        {
+            "dev-v1.1.json": {
+                "data": [{"paragraphs": [{"context": "A.", "qas": [{"id": "q7", "question": "?", "answers": None}]}]}]
+            }
+        },
+        r"{f}/dev-v1.1.json, question 'q7': 'answers' is null where the format has a list",
+    ),
+    "SQuAD's answer has no text": (
+        "squad",
+        {"dev-v1.1.json": squad_file(("q7", "Anna.", "W?", [(None, 0)]))},
+        r"question 'q7': the text of an answer is None; a piece of the context is right",
+    ),
+    "answers and places of unequal number": (
+        "custom,kind=span,reader=table,files={f}/t.jsonl,text=q+c,label=a",
+        {"t.jsonl": '{{"q": "W?", "c": "Anna.", "a": {{"text": ["Anna"], "answer_start": [0, 1]}}}}\n'},
+        r"{f}/t.jsonl, line 1: 1 texts of answers, and 2 places where they start",
+    ),
     "no folder": ("sst2,files={f}/nowhere", {}, r"'{f}/nowhere' is no folder"),
     "unknown task": ("sst-2", {}, r"task 'sst-2' is not known: custom, or one of sst2, "),
     "unknown setting": ("sst2,text=a", {}, r"task 'sst2' takes files=..., not text=..."),
@@ -459,6 +516,24 @@ BAD = {  # what is wrong: (task, files, split, message with {f} for the folder)
         r"the label column 'l' holds 'y'; two classes",
     ),
 }
+
+
+def test_a_superscript_is_no_number_of_a_label(tmp_path):
+    write(tmp_path, {"a.tsv": "t\tl\nx\t²\ny\t2\nz\t10\n"})
+    assert tasks.load(f"custom,files={tmp_path}/a.tsv,text=t,label=l").labels == ("2", "10", "²")
+
+
+def test_a_field_of_csv_may_be_long(tmp_path):
+    write(tmp_path, {"train.csv": f'a,"{"long " * 40_000}",1\nd,e,2\n', "dev.csv": "a,b,1\n"})
+    assert len(tasks.load(f"stsb,files={tmp_path}").examples("train")[0].texts[1]) == 200_000
+
+
+def test_a_folder_may_have_a_dot_in_its_name(tmp_path):
+    folder = tmp_path / "wnut-2.0"
+    folder.mkdir()
+    write(folder, {"train.conll": "a\tO\nb\tP\n\na\tO\n", "dev.conll": "a\tO\nb\tP\n"})
+    (example,) = tasks.load(f"custom,kind=tagging,files={folder}").examples("dev")
+    assert (example.words, example.label) == (("a", "b"), (0, 1))
 
 
 def read_all(spec):

@@ -150,7 +150,16 @@ def _id(record: Record, names: str) -> str | None:
     first = [name for name in names.split("|") if name]
     if len(first) < len(names.split("|")) and not any(name in record.values for name in first):
         return None
-    return str(column(record, "|".join(first)))
+    return _whole(str(column(record, "|".join(first))), f"column {names!r}", record)
+
+
+def _whole(text: str, what: str, record: Record) -> str:
+    """The text. Errors: UserError where half a surrogate pair is in it, which JSON can escape and nothing can write."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"{record.where}: {what} holds half a surrogate pair, which is no text") from None
+    return text
 
 
 def _text(record: Record, names: str) -> str:
@@ -162,7 +171,7 @@ def _text(record: Record, names: str) -> str:
     text = " ".join(part.strip() for part in parts) if len(parts) > 1 else parts[0]
     if not text.strip():
         raise UserError(f"{record.where}: column {names!r} is empty")
-    return text
+    return _whole(text, f"column {names!r}", record)
 
 
 def label_of(record: Record, layout: Layout, task: Task, split: str):
@@ -190,6 +199,8 @@ def _tagged(record: Record, layout: Layout, tags: list[str] | None, numbers: Map
     words = record.values["words"] if layout.reader == "conll" else column(record, layout.text[0])
     if not isinstance(words, list) or not all(isinstance(word, str) and word.strip() for word in words):
         raise UserError(f"{record.where}: column {layout.text[0]!r} must be a list of words, none of them empty")
+    for word in words:
+        _whole(word, f"word {word!r}", record)
     if tags is None:
         return {"words": tuple(words)}
     if not isinstance(tags, list) or len(tags) != len(words):
@@ -210,8 +221,17 @@ def _answers(record: Record, context: str, value, task: Task) -> tuple[Answer, .
         raise UserError(f"{record.where}: answers must be {{'text': [...], 'answer_start': [...]}}")
     if not value["text"] and not task.unanswerable:
         raise UserError(f"{record.where}: no answer, and task {task.name!r} has one for every question")
+    if not all(isinstance(value[key], list | tuple) for key in ("text", "answer_start")):
+        raise UserError(f"{record.where}: answers must be {{'text': [...], 'answer_start': [...]}}")
+    if len(value["text"]) != len(value["answer_start"]):
+        raise UserError(
+            f"{record.where}: {len(value['text'])} texts of answers, and {len(value['answer_start'])} places where they"
+            " start; as many are right"
+        )
     answers = []
     for text, start in zip(value["text"], value["answer_start"], strict=True):
+        if not isinstance(text, str):
+            raise UserError(f"{record.where}: the text of an answer is {text!r}; a piece of the context is right")
         if not isinstance(start, int) or start < 0 or start + len(text) > len(context) or not text:
             raise UserError(
                 f"{record.where}: answer {text!r} at character {start} is outside the context, which has {len(context)}"
@@ -228,6 +248,8 @@ def _choices(record: Record, layout: Layout) -> tuple[str, ...]:
         choices = column(record, layout.choices[0])
         if not isinstance(choices, list) or not all(isinstance(one, str) and one.strip() for one in choices):
             raise UserError(f"{record.where}: column {layout.choices[0]!r} must be a list of texts, none of them empty")
+        for choice in choices:
+            _whole(choice, f"choice {choice!r}", record)
     else:
         choices = [_text(record, name) for name in layout.choices]
     if len(choices) < 2:

@@ -129,6 +129,7 @@ def _tsv_rows(text: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _csv_rows(path: str, text: str) -> Iterator[tuple[int, list[str]]]:
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a field may be as long as a file
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     number = 1
     try:
@@ -223,12 +224,12 @@ def read_conll(path: str, tag: str = "") -> Iterator[Record]:
 
 def read_squad(path: str) -> Iterator[Record]:
     """Questions: id, title, context, question, answers {text: [...], answer_start: [...]} (none if impossible)."""
-    for article in _of(_json(path, read_text(path)), "data", path):
-        for paragraph in _of(article, "paragraphs", path):
+    for article in _list_of(_json(path, read_text(path)), "data", path):
+        for paragraph in _list_of(article, "paragraphs", path):
             context = _of(paragraph, "context", path)
-            for question in _of(paragraph, "qas", path):
+            for question in _list_of(paragraph, "qas", path):
                 where = f"{path}, question {_of(question, 'id', path)!r}"
-                answers = [] if question.get("is_impossible") else _of(question, "answers", where)
+                answers = [] if question.get("is_impossible") else _list_of(question, "answers", where)
                 both = {key: [_of(answer, key, where) for answer in answers] for key in ("text", "answer_start")}
                 text = _of(question, "question", where)
                 values = {"id": question["id"], "title": article.get("title", ""), "context": context, "question": text}
@@ -241,16 +242,33 @@ def _of(values, key: str, where: str):
     return values[key]
 
 
+_JSON = {dict: "an object", str: "a text", type(None): "null", bool: "true or false"}
+
+
+def _list_of(values, key: str, where: str) -> list:
+    return _list(_of(values, key, where), f"{where}: {key!r}")
+
+
+def _list(value, what: str) -> list:
+    if not isinstance(value, list):
+        raise UserError(f"{what} is {_JSON.get(type(value), 'a number')} where the format has a list")
+    return value
+
+
 def read_dream(path: str) -> Iterator[Record]:
     """Questions: id (dialogue/number), context (the turns, a line each), question, choices, label (number as text)."""
-    for number, dialogue in enumerate(_json(path, read_text(path))):
+    for number, dialogue in enumerate(_list(_json(path, read_text(path)), f"{path}: the file")):
         try:
             turns, questions, name = dialogue
         except (TypeError, ValueError):
             raise UserError(f"{path}, dialogue {number}: not [turns, questions, id], as DREAM has it") from None
-        for place, one in enumerate(questions):
+        where = f"{path}, dialogue {name!r}"
+        for turn in _list(turns, f"{where}: 'turns'"):
+            if not isinstance(turn, str):
+                raise UserError(f"{where}: a turn is {turn!r}; text is right")
+        for place, one in enumerate(_list(questions, f"{where}: 'questions'")):
             where = f"{path}, dialogue {name!r}, question {place}"
-            choices, answer = _of(one, "choice", where), _of(one, "answer", where)
+            choices, answer = _list_of(one, "choice", where), _of(one, "answer", where)
             if answer not in choices:
                 raise UserError(f"{where}: the answer {answer!r} is none of the choices")
             values = {"id": f"{name}/{place}", "context": "\n".join(turns), "question": _of(one, "question", where)}
@@ -261,7 +279,10 @@ def read_race(path: str) -> Iterator[Record]:
     """Questions of a folder of .txt files (or of one): the columns of `read_dream`."""
     files = sorted(glob.glob(os.path.join(path, "**", "*.txt"), recursive=True)) if os.path.isdir(path) else [path]
     for file in files:
-        yield from race_questions(Record(file, _json(file, read_text(file))))
+        passage = _json(file, read_text(file))
+        if not isinstance(passage, dict):
+            raise UserError(f"{file}: a JSON {type(passage).__name__}; an object is right")
+        yield from race_questions(Record(file, passage))
 
 
 _LETTERS = ("A", "B", "C", "D")
@@ -271,7 +292,7 @@ def race_questions(passage: Record) -> Iterator[Record]:
     """The questions of one passage of RACE; an answer is a letter."""
     values, where = passage.values, passage.where
     name = values.get("id", values.get("example_id", where))
-    questions, options, answers = (_of(values, key, where) for key in ("questions", "options", "answers"))
+    questions, options, answers = (_list_of(values, key, where) for key in ("questions", "options", "answers"))
     if not len(questions) == len(options) == len(answers):
         raise UserError(f"{where}: {len(questions)} questions, {len(options)} lists of options, {len(answers)} answers")
     for place, (question, choices, answer) in enumerate(zip(questions, options, answers, strict=True)):
@@ -319,8 +340,12 @@ def read_wic(path: str) -> Iterator[Record]:
 def read_mclwic(path: str) -> Iterator[Record]:
     """Pairs: the file's own columns and label, from the `tag` of the gold file."""
     gold, beside = _gold(path, lines=False)
-    tags = None if gold is None else {_of(one, "id", beside): _of(one, "tag", beside) for one in gold}
-    for values in _json(path, read_text(path)):
+    tags = (
+        None
+        if gold is None
+        else {_of(one, "id", beside): _of(one, "tag", beside) for one in _list(gold, f"{beside}: the file")}
+    )
+    for values in _list(_json(path, read_text(path)), f"{path}: the file"):
         name = _of(values, "id", path)
         where = f"{path}, id {name!r}"
         if tags is not None and name not in tags:

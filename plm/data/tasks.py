@@ -290,7 +290,8 @@ def custom(settings: Mapping[str, str]) -> Task:
     dataset = files.removeprefix("tfds:") if files.startswith("tfds:") else ""
     by_end = {".conll": "conll", ".conllu": "conll", ".txt": "wic" if kind == "word" else "table"}
     by_end[".json"] = {"choice": "dream", "span": "squad", "word": "mclwic"}.get(kind, "table")
-    guess = by_end.get(task_files.suffix(files), "table") if "." in os.path.basename(files) else _FOLDERS.get(kind)
+    is_file = "." in os.path.basename(files) and not os.path.isdir(files)
+    guess = by_end.get(task_files.suffix(files), "table") if is_file else _FOLDERS.get(kind)
     reader = "tfds" if dataset else settings.get("reader", guess or "table")
     if reader not in READERS and not dataset:
         raise UserError(f"task=custom,reader={reader!r} is not known: {', '.join(READERS)}")
@@ -427,7 +428,7 @@ class TaskData:
                 f"{self._places['train' if 'train' in self._places else self.splits[0]]}: the label column"
                 f" {self.layout.label!r} holds {shown(found) or 'nothing'}; two classes are needed"
             )
-        return tuple(sorted(found, key=lambda label: (int(label) if label.isdigit() else math.inf, label)))
+        return tuple(sorted(found, key=lambda label: (int(label) if label.isdecimal() else math.inf, label)))
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -577,8 +578,10 @@ def _explicit(files: str) -> dict[str, str] | None:
 
 
 class TaskText(corpora.Source):
-    """`task:NAME[,key=value...][#split]`: the texts of a task's split, by default train, each once, a document an
-    example."""
+    """`task:NAME[,key=value...][#split]`: the texts of a task's split, by default train, a document an example.
+
+    A text that an earlier example holds is left out; one that an example itself holds twice is kept twice.
+    """
 
     licence = None
 

@@ -120,6 +120,8 @@ def test_any_space_may_stand_between_a_lone_capital_and_a_full_stop(tmp_path, sp
     first, *rest = corpora.split_sentences(text)
     assert first == f"We saw C{space}. elegans there."
     assert "".join("".join([first, *rest]).split()) == "".join(text.split())
+    split_before = f"C.{space}.{space}. The end."  # what sentencex can split is as it was
+    assert corpora._segment(split_before) == corpora.sentencex.segment("en", split_before)
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}), "utf-8")
     assert sentences(parse(f"jsonl:{tmp_path}/a.jsonl#text")) == [[first, *rest]]
 

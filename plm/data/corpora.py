@@ -83,15 +83,14 @@ def fingerprint_of(*parts) -> str:
 _PLAIN_END = re.compile(r"[.!?][\"'”’)\]]*\s+(?=[\"'“‘(\[]?[A-Z0-9])")
 # sentencex 1.0 cuts into the bytes of a space that is not ASCII behind a capital letter that stands alone and before a
 # full stop, as in "C\u00a0. elegans", and panics: which no `except Exception` catches.
-_LONE_CAPITAL = re.compile(r"(?<![^\s.])[A-Z][\s.]*\.")
-_WIDE_SPACE = re.compile(r"[^\S\x00-\x7f](?=\.)")
+_WIDE_SPACE = re.compile(r"(?<![^\s.])([A-Z]\s*)[^\S\x00-\x7f](?=\.)")
 
 
 def _segment(text: str) -> list[str]:
     """sentencex's parts of a text, which together are the text; it sees a plain space where another makes it panic."""
     if text.isascii():
         return sentencex.segment("en", text)
-    shown = _LONE_CAPITAL.sub(lambda found: _WIDE_SPACE.sub(" ", found[0]), text)
+    shown = _WIDE_SPACE.sub(r"\1 ", text)
     parts = sentencex.segment("en", shown)
     if shown == text:
         return parts

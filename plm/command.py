@@ -24,6 +24,9 @@ def run(main: Callable[..., int | None], *, required: tuple[str, ...] = (), posi
     """
 
     def parse(argv: list[str]) -> list[str]:
+        for module, own in flags.FLAGS.flags_by_module_dict().items():
+            for flag in own if not module.startswith("absl") else ():  # else --help has those of one file only
+                flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
         try:
             rest = flags.FLAGS(argv)
             if len(rest) > 1 and not positional:

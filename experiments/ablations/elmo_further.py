@@ -5,7 +5,7 @@
 
 | budget | points | hardware, time | expected |
 | --- | --- | --- | --- |
-| tiny | 5 pretraining, 5 further, 10 on tasks, 10 measured | 2 CPU cores, 15 minutes | docs/ablations.md |
+| tiny | 5 pretraining, 5 further, 10 on tasks, 10 measured | 2 CPU cores, 20 minutes | docs/ablations.md |
 | small | 5 pretraining, 15 further, 90 on tasks, 30 measured | one accelerator, an hour | not measured yet |
 
 Perplexity of the task's dev text before and after, the mean of both directions' losses; and the task with both models.

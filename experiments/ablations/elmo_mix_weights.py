@@ -5,7 +5,7 @@
 
 | budget | points | hardware, time | expected |
 | --- | --- | --- | --- |
-| tiny | 5 pretraining, 15 on tasks | 2 CPU cores, 10 minutes | docs/ablations.md |
+| tiny | 5 pretraining, 15 on tasks | 2 CPU cores, 40 minutes | docs/ablations.md |
 | small | 5 pretraining, 45 on tasks | one accelerator, an hour | not measured yet |
 
 The figure's values are not published as numbers. Its text: at the input the first LSTM layer has most weight, strongly

@@ -5,7 +5,7 @@
 
 | budget | points | hardware, time | expected |
 | --- | --- | --- | --- |
-| tiny | 10 pretraining | 2 CPU cores, 15 minutes | docs/ablations.md |
+| tiny | 10 pretraining | 2 CPU cores, 25 minutes | docs/ablations.md |
 | small | 10 pretraining | one accelerator, an hour | not measured yet |
 
 Two towers of LSTMs in the comparison's controlled arm (experiments/compare.py): the same text, vocabulary and predicted

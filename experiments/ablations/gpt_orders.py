@@ -5,7 +5,7 @@
 
 | budget | points | hardware, time | expected |
 | --- | --- | --- | --- |
-| tiny | 5 pretraining, 10 on tasks | 2 CPU cores, 5 minutes | docs/ablations.md |
+| tiny | 5 pretraining, 10 on tasks | 2 CPU cores, 25 minutes | docs/ablations.md |
 | small | 5 pretraining, 60 on tasks | one accelerator, half an hour | not measured yet |
 
 Both orders cost twice the time. The tasks are those whose texts have no order, paraphrase and

@@ -217,6 +217,10 @@ def _lock_path(root: epath.Path) -> Path:
     return Path(tempfile.gettempdir()) / f"plm-sweep-{os.getuid()}-{name}.lock"
 
 
+class AtWorkError(UserError):
+    """Another launcher holds the folder."""
+
+
 class OnlyOne:
     """Refuses a second launcher on the same root (in a bucket: on this machine)."""
 
@@ -233,7 +237,7 @@ class OnlyOne:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.close()
-            raise UserError(f"--root={str(self._root)!r}: another launch.sweep is at work there") from None
+            raise AtWorkError(f"--root={str(self._root)!r}: another launch.sweep is at work there") from None
 
     def __exit__(self, *_) -> None:
         self._lock.close()

@@ -38,12 +38,14 @@ from absl import flags
 from etils import epath
 
 from launch import local, slurm, tpu
-from launch.points import RECORD, OnlyOne, Point, Records, read_json, stages, state, table, write_json
+from launch.points import RECORD, AtWorkError, OnlyOne, Point, Records, read_json, stages, state, table, write_json
 from plm.command import run as run_command
 from plm.errors import UserError
 from plm.reporting import studies
 from plm.reporting.studies import Study
 from plm.training import config as configs
+
+WAIT_SECONDS = 2.0  # between two looks at what another launcher does
 
 
 class Add:
@@ -272,23 +274,91 @@ def launch(
     for point in chosen:
         _check_same_point(point, texts[point.name])
     again = ("waiting", "interrupted", *(["failed"] if retry == "failed" else []))
-    jobs = backend.jobs()
-    # Before the locks are ours: a point that another launcher watches is known by its lock.
-    states = {point.name: state(point.workdir, jobs) for point in chosen}
-    todo = [point for point in chosen if states[point.name] in again]
-    with contextlib.ExitStack() as locks:
-        for folder in dict.fromkeys([root, *(point.workdir.parent for point in todo)]):
-            locks.enter_context(OnlyOne(folder))
+    with _Folders() as folders:
+        folders.take(root)
         for point in chosen:
-            record = read_json(point.workdir / RECORD)
-            if states[point.name] == "running" and record.get("backend") == "local":
-                raise UserError(f"{point.workdir} is in use by process {record.get('pid')}")
+            # The second look: the other launcher may have ended between the first one and our lock.
+            if _in_use(point) and folders.is_ours(point.workdir.parent) and _in_use(point):
+                raise UserError(f"{point.workdir} is in use by process {read_json(point.workdir / RECORD).get('pid')}")
         if study is not None:
             study.models = list(dict.fromkeys(point.start for point in points if point.start))
             write_json(root / studies.FILE, study.record({point.name: point.workdir for point in points}, root))
-        _watch(backend.run_all(todo, chosen, Records(texts)), chosen, backend)
+        _watch(_in_turns(chosen, again, folders, backend, Records(texts)), chosen, backend)
         print(table(chosen, backend.jobs()), flush=True)
     return backend.exit_code([state(point.workdir, backend.jobs()) for point in chosen])
+
+
+class _Folders:
+    """The folders that this launcher has for itself until it ends."""
+
+    def __init__(self):
+        self._ours, self._locks = set(), contextlib.ExitStack()
+
+    def __enter__(self) -> "_Folders":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._locks.close()
+
+    def take(self, folder: epath.Path) -> None:
+        """Errors: AtWorkError while another launcher has it."""
+        if folder not in self._ours:
+            self._locks.enter_context(OnlyOne(folder))
+            self._ours.add(folder)
+
+    def is_ours(self, folder: epath.Path) -> bool:
+        """Takes it unless another launcher has it."""
+        with contextlib.suppress(AtWorkError):
+            self.take(folder)
+        return folder in self._ours
+
+
+def _in_use(point: Point) -> bool:
+    """By a process of a launcher on this machine."""
+    return read_json(point.workdir / RECORD).get("backend") == "local" and state(point.workdir) == "running"
+
+
+def _in_turns(
+    chosen: Sequence[Point], again: Sequence[str], folders: _Folders, backend: "Backend", records: Records
+) -> Iterator[None]:
+    """Runs the points whose state is in `again`. Those in a folder where another launcher is at work, and what starts
+    from them, have their turn when it has finished them, or has gone and left them to us."""
+
+    def needed(point: Point, jobs) -> str:
+        """ "run", "wait" (for another launcher, or for the process that one left), or "" for neither."""
+        now, record = state(point.workdir, jobs), read_json(point.workdir / RECORD)
+        running = now == "running" and record.get("backend") in ("local", "tpu")
+        if point.name in handed or not (running or now in again):
+            return ""
+        if not folders.is_ours(point.workdir.parent):
+            return "wait"
+        # A machine of a launcher that is gone, since its folder is ours, is watched by nobody.
+        return "wait" if running and record["backend"] == "local" else "run"
+
+    handed: set[str] = set()
+    told: set[str] = set()
+    while True:
+        jobs, theirs, blocked, todo = backend.jobs(), [], set(), []
+        for point in chosen:  # a parent stands before its children
+            need = needed(point, jobs)
+            if need == "wait":
+                theirs.append(point)
+            if need == "wait" or point.start in blocked:
+                blocked.add(point.name)
+            elif need == "run":
+                todo.append(point)
+        handed |= {point.name for point in todo}
+        yield from backend.run_all(todo, chosen, records)
+        if not theirs:
+            return
+        for point in theirs:
+            if point.name not in told:
+                told.add(point.name)
+                print(f"waiting  {point.name}: another launch.sweep is at work in {point.workdir.parent}", flush=True)
+        while all(needed(point, jobs) == "wait" for point in theirs):
+            yield
+            time.sleep(WAIT_SECONDS)
+            jobs = backend.jobs()
 
 
 class Backend:

@@ -303,6 +303,43 @@ def test_what_starts_from_a_failed_point_waits(staged, trainer, tmp_path, monkey
     assert [points.state(root / f"tuned-seed{seed}") for seed in range(2)] == ["waiting", "finished"]
 
 
+def test_a_shared_point_that_another_launcher_trains_is_waited_for(staged, trainer, tmp_path, monkeypatch, capsys):
+    """It finishes gpt-seed0; it is gone before gpt-seed1, which is ours then."""
+    monkeypatch.setattr(points, "EVALUATE", points.TRAIN)
+    monkeypatch.setattr(sweep, "WAIT_SECONDS", 0.05)
+    monkeypatch.chdir(REPOSITORY)
+    root, shared = tmp_path / "root", tmp_path / "shared"
+    assert launch(staged, tmp_path / "first", only=["gpt*"]) == 0
+    (shared / "gpt-seed1" / "point.json").unlink()
+    path = shared / "gpt-seed0" / "point.json"
+    finished, other = json.loads(path.read_text()), subprocess.Popen(["sleep", "60"])
+    path.write_text(json.dumps(finished | {"return_code": None, "pid": other.pid, "command": ["sleep", "60"]}))
+    capsys.readouterr()
+    lock = points.OnlyOne(epath.Path(shared))
+
+    def watch(steps, *_):
+        for number, _ in enumerate(steps):
+            if number == 2:
+                assert "started" not in capsys.readouterr().out
+                path.write_text(json.dumps(finished))
+            if points.state(root / "tuned-seed0") == "finished":
+                lock.__exit__()
+
+    monkeypatch.setattr(sweep, "_watch", watch)
+    try:
+        with pytest.raises(UserError, match=f"gpt-seed0 is in use by process {other.pid}"):
+            launch(staged, root)  # its launcher has left it alone
+        lock.__enter__()
+        assert launch(staged, root) == 0
+    finally:
+        other.kill()
+        other.wait()
+    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    started = [name for what, name in lines if what == "started"]
+    assert started[:2] == ["tuned-seed0", "gpt-seed1"]
+    assert sorted(started[2:]) == ["pairs", "tuned-seed1"]
+
+
 def test_settings_of_data_go_where_they_are_read(staged, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     overrides = {"data.source": "text:mine.txt", "data.task.fraction": "0.5", "eval.batches": "3"}

@@ -45,6 +45,12 @@ class Point:
     def trains(self) -> bool:
         return bool(self.spec)
 
+    @property
+    def source(self) -> str:
+        """The workdir of the point whose model it starts from or measures; "" without one."""
+        folder, slash, name = self.model.rpartition("/")
+        return folder + slash + name.partition("@")[0]
+
     def flags(self) -> list[str]:
         if not self.trains:
             return [f"--model={self.model}", *self.measure]

@@ -4,11 +4,14 @@ A point is a task of the array; `srun` starts its processes, which find each oth
 before the time limit Slurm signals them: they save, leave with INTERRUPTED, and the script puts the task back into the
 queue. What Slurm requeues itself (preemption, `scontrol requeue`, a lost node) starts the same way. A task that ends
 otherwise leaves its exit code in the workdir's file `return_code`. Needs a file system that all nodes share.
+
+A task whose parent is not finished when its turn comes (it died halfway) runs nothing and counts as interrupted.
 """
 
 import dataclasses
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +25,7 @@ from plm.errors import UserError
 
 FLAGS = ("sbatch", "wait")
 FOLDER = "slurm"
+LARGEST_ARRAY = 1000  # Slurm's MaxArraySize is 1001 unless a site says otherwise
 # What squeue calls a job that may yet run, is running, or is on its way out.
 _QUEUED = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "CONFIGURING", "SUSPENDED")
 _RUNNING = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED")
@@ -78,7 +82,10 @@ def script(points: Sequence[Point], root: epath.Path, options: Options) -> str:
     for index, point in enumerate(points):
         command = shlex.join(point.command())
         tasks = options.processes if point.trains else 1
-        cases.append(f"{index}) tasks={tasks}; workdir={shlex.quote(str(point.workdir))}; set -- {command} ;;")
+        names = f"workdir={shlex.quote(str(point.workdir))}"
+        names += f"; parent={shlex.quote(point.source)}" if point.source else ""
+        cases.append(f"{index}) tasks={tasks}; {names}; set -- {command} ;;")
+    is_finished = "import sys; from launch.points import state; sys.exit(state(sys.argv[1]) != 'finished')"
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH {shlex.quote(directive) if ' ' in directive else directive}" for directive in directives),
@@ -86,10 +93,17 @@ def script(points: Sequence[Point], root: epath.Path, options: Options) -> str:
         "export PYTHONUNBUFFERED=1",
         "# Since 22.05 srun does not take this over from sbatch.",
         '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK',
+        "parent=",
         'case "$SLURM_ARRAY_TASK_ID" in',
         *cases,
         "esac",
         'echo "$(date -Is) attempt $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST: $workdir"',
+        "# A half-trained model would be taken for a whole one. This code counts as an interruption.",
+        f'if [ -n "$parent" ] && ! {shlex.join([sys.executable, "-c", is_finished])} "$parent"; then',
+        '  echo "$(date -Is) not started: $parent is not finished" | tee -a "$workdir/log.0.txt"',
+        f'  echo {INTERRUPTED} > "$workdir/return_code.tmp" && mv "$workdir/return_code.tmp" "$workdir/return_code"',
+        f"  exit {INTERRUPTED}",
+        "fi",
         "# Processes end together by themselves; srun's --wait is for those that do not.",
         f'srun --ntasks="$tasks" --kill-on-bad-exit=0 --wait={options.grace_seconds} --open-mode=append'
         ' --output="$workdir/log.%t.txt" "$@"',
@@ -103,8 +117,8 @@ def script(points: Sequence[Point], root: epath.Path, options: Options) -> str:
 
 
 def submit_command(path: Path, after: str = "") -> list[str]:
-    """--parsable prints the job's number and nothing else. after: a job that has to be over, in whichever way: a point
-    whose parent failed says so itself, and the others run."""
+    """--parsable prints the job's number and nothing else. after: jobs that have to be over, with : between them, in
+    whichever way: a point whose parent failed says so itself, and the others run."""
     return ["sbatch", "--parsable", *([f"--dependency=afterany:{after}"] if after else []), str(path)]
 
 

@@ -30,7 +30,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -475,7 +475,11 @@ def _append(path: epath.Path, content: bytes) -> None:
 
 
 class Slurm(Backend):
-    """`launch.slurm`: an array job for each stage, with the command's end or (`wait`) without it."""
+    """`launch.slurm`: an array job for each stage, with the command's end or (`wait`) without it.
+
+    A stage that is too large for an array becomes several; each submission waits for the one before it, so that never
+    more than `workers` points run at once.
+    """
 
     def __init__(self, root: epath.Path, options: slurm.Options, *, wait: bool):
         self.root, self.options, self.wait = root, options, wait
@@ -485,23 +489,52 @@ class Slurm(Backend):
 
     def commands(self, points: Sequence[Point]) -> list[str]:
         lines = []
-        for number, stage in enumerate(stages(points)):
+        for number, array in enumerate(self._arrays(points)):
             script = slurm.script_path(self.root, further=number)
             after = "" if number == 0 else f"JOB{number - 1}"
-            lines += [f"# {script}", slurm.script(stage, self.root, self.options)]
+            lines += [f"# {script}", slurm.script(array, self.root, self.options)]
             lines += [shlex.join(slurm.submit_command(script, after))]
         return lines
 
     def run_all(self, points: Sequence[Point], chosen: Sequence[Point], records: Records) -> Iterator[None]:
-        number = ""
-        for stage in stages(points):
-            number = slurm.submit(stage, self.root, records, self.options, after=number)
-            print(f"submitted  job {number}, {len(stage)} points; --status shows them, scancel {number} ends them")
+        number, under_way = "", self._under_way(points, chosen)
+        by_name, ready = {point.name: point for point in chosen}, {}
+        for point in points:
+            expected = not point.start or point.start in ready or point.start in under_way
+            if expected or state(by_name[point.start].workdir) == "finished":
+                ready[point.name] = point
+            else:
+                self._say_waiting(point)
+        for array in self._arrays(list(ready.values()), under_way):
+            after = dict.fromkeys([number, *(under_way.get(point.start) for point in array)])
+            number = slurm.submit(array, self.root, records, self.options, after=":".join(filter(None, after)))
+            print(f"submitted  job {number}, {len(array)} points; --status shows them, scancel {number} ends them")
         while self.wait and any(
             state(point.workdir, jobs) in ("queued", "running") for jobs in [slurm.states()] for point in chosen
         ):
             yield
             time.sleep(self.options.poll_seconds)
+
+    @staticmethod
+    def _under_way(points: Sequence[Point], chosen: Sequence[Point]) -> dict[str, str]:
+        """{name: job} of parents that are not of `points` since they are queued or running already."""
+        found, own = {}, {point.name for point in points}
+        parents = {point.start for point in points} - own
+        jobs = slurm.states() if points else None
+        for point in chosen:
+            if point.name in parents and state(point.workdir, jobs) in ("queued", "running"):
+                found[point.name] = read_json(point.workdir / RECORD).get("job", "")
+        return found
+
+    @staticmethod
+    def _arrays(points: Sequence[Point], under_way: Collection[str] = ()) -> list[list[Point]]:
+        """What is submitted together; of a stage, points that wait for nobody else's job come before those that do."""
+        arrays = []
+        for stage in stages(points):
+            for waits in (False, True):
+                part = [point for point in stage if (point.start in under_way) == waits]
+                arrays += [part[i : i + slurm.LARGEST_ARRAY] for i in range(0, len(part), slurm.LARGEST_ARRAY)]
+        return arrays
 
     def exit_code(self, states: Sequence[str]) -> int:
         good = ("finished",) if self.wait else ("finished", "queued", "running")

@@ -150,7 +150,57 @@ def test_what_starts_from_a_point_is_an_array_that_waits_for_it(commands, traine
     assert first == f"sbatch --parsable {root}/slurm/1.sh"
     assert second == f"sbatch --parsable --dependency=afterany:77 {root}/slurm/2.sh"
     cases = [line for line in (root / "slurm" / "2.sh").read_text().splitlines() if ") tasks=" in line]
-    assert cases[0].startswith(f"0) tasks=2; workdir={root}/c; set -- ")
+    assert cases[0].startswith(f"0) tasks=2; workdir={root}/c; parent={root}/a; set -- ")
     assert f"--config.init.from={root}/a" in cases[0]
-    assert cases[1].startswith(f"1) tasks=1; workdir={root}/d; set -- ")
+    assert cases[1].startswith(f"1) tasks=1; workdir={root}/d; parent={root}/b; set -- ")
     assert f"-m plm.evaluate --model={root}/b --suite=perplexity ;;" in cases[1]
+
+
+def child_of_a(root) -> points.Point:
+    return points.Point("c", root / "c", CONFIG, {}, start="a", model=f"{root}/a@3")
+
+
+def test_what_starts_from_a_queued_point_waits_for_its_job(commands, trainer, tmp_path):
+    """Which another sweep has submitted; what needs nothing of that one does not wait for it."""
+    root = epath.Path(tmp_path / "root")
+    parents = points_of(root)
+    sweep_of(root, parents[:1])
+    assert sweep_of(root, [*parents, child_of_a(root)]) == 0
+    calls = (tmp_path / "calls").read_text().splitlines()[1:]
+    assert calls == [
+        f"sbatch --parsable {root}/slurm/2.sh",
+        f"sbatch --parsable --dependency=afterany:77:77_0 {root}/slurm/3.sh",
+    ]
+
+
+@pytest.mark.parametrize(("code", "state"), [("137", "interrupted"), ("", "interrupted"), ("0", "finished")])
+def test_nothing_starts_from_a_half_trained_model(code, state, commands, trainer, tmp_path):
+    root = epath.Path(tmp_path / "root")
+    found = [*points_of(root), child_of_a(root)]
+    sweep_of(root, found)
+    (root / "c" / "fate").write_text("0")
+    if code:
+        (root / "a" / "return_code").write_text(code + "\n")
+    environment = os.environ | {"SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "78"}
+    subprocess.run(["bash", str(root / "slurm" / "2.sh")], env=environment, check=False)
+    assert points.state(root / "c", slurm.states()) == state
+    if state == "interrupted":
+        (line,) = (root / "c" / "log.0.txt").read_text().splitlines()
+        assert line.endswith(f"not started: {root}/a is not finished")
+        (tmp_path / "queue").write_text("")
+        sweep_of(root, found)
+        assert f"parent={root}/a" in (root / "slurm" / "4.sh").read_text(), "submitted again"
+        (tmp_path / "queue").write_text("")
+        (root / "a" / "return_code").write_text("1\n")
+        sweep_of(root, found)
+        assert "--array=0-0%" in (root / "slurm" / "5.sh").read_text()
+        assert not (root / "slurm" / "6.sh").exists(), "not what starts from a point that failed"
+
+
+def test_a_stage_that_is_too_large_for_an_array_is_several(commands, trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(slurm, "LARGEST_ARRAY", 1)
+    root = epath.Path(tmp_path / "root")
+    assert sweep_of(root, [*points_of(root), child_of_a(root)]) == 0
+    calls = [line.split()[2] for line in (tmp_path / "calls").read_text().splitlines()]
+    assert calls == [f"{root}/slurm/1.sh", "--dependency=afterany:77", "--dependency=afterany:77"]
+    assert "--array=0-0%2" in (root / "slurm" / "2.sh").read_text()

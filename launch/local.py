@@ -121,10 +121,13 @@ class _Running:
         self._failed_at: float | None = None
 
     def code(self) -> int | None:
-        """0, or that of the process that ended first in another way; None while one runs."""
+        """0, or that of a process that ended in another way; None while one runs.
+
+        A signal's before others: the other processes fail since that one has gone, and the job was interrupted.
+        """
         codes = [process.poll() for process in self.processes]
         if None not in codes:
-            return next((code for code in codes if code), 0)
+            return next((code for code in sorted(codes) if code), 0)
         return None
 
     def end_with_the_first(self, seconds: float) -> None:

@@ -139,6 +139,15 @@ def test_closing_the_pool_ends_its_processes(experiment, trainer, tmp_path):
     assert time.monotonic() - start < 5
 
 
+def test_a_job_of_which_a_process_was_killed_was_interrupted(tmp_path):
+    """The others fail since that one has gone."""
+    script = "import os, sys; os.kill(os.getpid(), 9) if sys.argv[-1] == '--process_id=1' else sys.exit(2)"
+    job, ended = local.Job("x", (sys.executable, "-c", script), tmp_path / "log.txt", tmp_path, processes=2), []
+    pool = local.run([job], workers=1, on_start=lambda *_: None, on_end=lambda job, code: ended.append(code))
+    assert list(pool)
+    assert ended == [-9]
+
+
 def test_a_job_runs_as_soon_as_the_one_it_waits_for_has_ended_well(tmp_path):
     """`later` does not wait for `slow`, which waits for `later`; what waits for `broken`, or for that, is left."""
 

@@ -181,12 +181,6 @@ def read_arguments(text: str):
         raise UserError(
             f"config argument model={given.model!r} belongs to arm=native; here it is architecture and objective"
         )
-    if given.budget == "tower" and given.objective != "bidirectional":
-        raise UserError("config argument budget='tower' is for objective=bidirectional: the others have one tower")
-    if given.state == "fresh" and (given.architecture, given.objective) not in LANES:
-        raise UserError(
-            "config argument state='fresh' is for lstm with causal or bidirectional: the others carry nothing"
-        )
     return given
 
 
@@ -203,6 +197,12 @@ def get_config(arguments: str = ""):
     if given.cells != "demo" or given.tune != "none":
         what = "cells='all'" if given.cells != "demo" else f"tune={given.tune!r}"
         raise UserError(f"config argument {what} names a sweep: python -m launch.sweep --config=... --root=DIR")
+    if given.budget == "tower" and given.objective != "bidirectional":
+        raise UserError("config argument budget='tower' is for objective=bidirectional: the others have one tower")
+    if given.state == "fresh" and (given.architecture, given.objective) not in LANES:
+        raise UserError(
+            "config argument state='fresh' is for lstm with causal or bidirectional: the others carry nothing"
+        )
     if given.arm == "native":
         if given.model == "none":
             raise UserError("config argument arm='native' needs model=elmo|gpt|bert, or launch.sweep for all three")
@@ -251,7 +251,8 @@ def get_config(arguments: str = ""):
 
 def sweep(add, arguments: str = "") -> None:
     """The demo's three models; with cells=all the six cells; with arm=native the three papers' models. With tune=rates
-    or dropout each at several of them and a quarter of the length (protocol 7)."""
+    or dropout each at several of them and a quarter of the length (protocol 7). budget=tower is for the points with two
+    towers, state=fresh for those with a state to carry; the others are as without."""
     given = read_arguments(arguments)
     one_cell = {item.split("=")[0] for item in arguments.split(",")} & {"architecture", "objective", "input", "model"}
     if one_cell:
@@ -268,6 +269,11 @@ def sweep(add, arguments: str = "") -> None:
     else:
         points = {name: f"{size},{point}" for name, point in DEMO.items()}
     for name, point in points.items():
+        cell = read_arguments(point)
+        if given.budget == "tower" and cell.objective == "bidirectional":
+            point += ",budget=tower"
+        if given.state == "fresh" and (cell.architecture, cell.objective) in LANES:
+            point += ",state=fresh"
         if given.tune == "none":
             add(name, point)
             continue

@@ -245,6 +245,21 @@ def test_a_sweep_refuses_the_arguments_of_one_point():
         sweep.read_points(f"{REPOSITORY}/experiments/compare.py:tiny,objective=causal", epath.Path("runs/here"))
 
 
+def test_a_sweep_gives_budget_and_state_to_the_points_that_have_them(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    arguments = "tiny,cells=all,budget=tower,state=fresh"
+    points, _ = sweep.read_points(f"experiments/compare.py:{arguments}", epath.Path("runs/here"))
+    sweep.validate(points)
+    given = {point.name: point.spec.partition("objective=")[2].split(",")[1:] for point in points}
+    assert {name: more for name, more in given.items() if more} == {
+        "transformer-bidirectional": ["budget=tower"],
+        "lstm-causal": ["state=fresh"],
+        "lstm-bidirectional": ["budget=tower", "state=fresh"],
+    }
+    points, _ = sweep.read_points("experiments/compare.py:tiny,state=fresh", epath.Path("runs/here"))
+    assert [point.name for point in points if "state=fresh" in point.spec] == ["elmo"]
+
+
 def test_bert_phases_are_one_schedule():
     first, second = (configs.resolve(load(f"bert.py:base,phase={phase}")) for phase in (1, 2))
     assert (first.total_steps, second.total_steps) == (900_000, 1_000_000)

@@ -171,6 +171,13 @@ def test_tuning_tries_as_much_for_each(budget, monkeypatch):
     assert (frozen, set(tried.values())) == (3 * 3 * 2 * 2, {3 * 2 * 2})
     assert all((budget, entry) in common.TUNED for entry in tuning.ENTRIES)
     assert all(point.overrides["seed"] == 1000 for point in points), "no table's seed"
+    on_tasks = sum("finetune" in point.spec for point in points)
+    said = {
+        "tiny": f"| tiny | {len(points) - on_tasks} pretraining runs, {on_tasks} on tasks |",
+        "small": f"| small | {len(points) - on_tasks}, {on_tasks} |",
+        "paper": "",  # not in the table
+    }
+    assert said[budget] in inspect.getdoc(tuning)
 
 
 def test_a_budget_that_needs_files_says_so(monkeypatch):

@@ -326,14 +326,18 @@ def _in_turns(
 
     def needed(point: Point, jobs) -> str:
         """ "run", "wait" (for another launcher, or for the process that one left), or "" for neither."""
-        now, record = state(point.workdir, jobs), read_json(point.workdir / RECORD)
-        running = now == "running" and record.get("backend") in ("local", "tpu")
-        if point.name in handed or not (running or now in again):
+
+        def look() -> str:
+            now, on = state(point.workdir, jobs), read_json(point.workdir / RECORD).get("backend")
+            return on if now == "running" and on in ("local", "tpu") else "run" if now in again else ""
+
+        if point.name in handed or not look():
             return ""
         if not folders.is_ours(point.workdir.parent):
             return "wait"
-        # A machine of a launcher that is gone, since its folder is ours, is watched by nobody.
-        return "wait" if running and record["backend"] == "local" else "run"
+        now = look()  # again: the other launcher may have finished it before it let go of the folder
+        # A TPU whose launcher is gone, since its folder is ours, is watched by nobody.
+        return {"local": "wait", "tpu": "run"}.get(now, now)
 
     handed: set[str] = set()
     told: set[str] = set()
@@ -348,13 +352,13 @@ def _in_turns(
             elif need == "run":
                 todo.append(point)
         handed |= {point.name for point in todo}
-        yield from backend.run_all(todo, chosen, records)
-        if not theirs:
-            return
         for point in theirs:
             if point.name not in told:
                 told.add(point.name)
                 print(f"waiting  {point.name}: another launch.sweep is at work in {point.workdir.parent}", flush=True)
+        yield from backend.run_all(todo, chosen, records)
+        if not theirs:
+            return
         while all(needed(point, jobs) == "wait" for point in theirs):
             yield
             time.sleep(WAIT_SECONDS)

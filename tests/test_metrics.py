@@ -220,3 +220,15 @@ def test_no_jax():
     """Sweeps and reports read these files without starting JAX."""
     code = "import sys, plm.training.metrics, plm.training.config, launch.sweep; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
+
+
+def test_processes_that_write_a_file_at_once_do_not_collide(tmp_path):
+    """Each has a temporary name of its own."""
+    script = (
+        "import sys; from plm.training import metrics\n"
+        "for number in range(300): metrics.write_atomically(sys.argv[1], f'{number}\\n' * 100)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "facts.json")]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate()[1] for process in processes] == ["", ""]
+    assert [path.name for path in tmp_path.iterdir()] == ["facts.json"]

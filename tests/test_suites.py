@@ -1,8 +1,10 @@
 """Suites that need only a model: on runs, on every checkpoint, on foreign weights; what is there is passed over."""
 
+import concurrent.futures
 import dataclasses
 import json
 import re
+import time
 
 import jax
 import pytest
@@ -77,6 +79,28 @@ def test_every_checkpoint_is_measured_once_and_the_control_once_for_all(workdir,
     few_pairs[0] = dataclasses.replace(few_pairs[0], uid="other")
     suites.evaluate(suites.Run(f"{workdir}@7", progress=False), ["minimal_pairs"], say=said.append)
     assert judged[3:] == [7, 0]
+
+
+def test_measurements_at_once_lose_no_notes(workdir, tmp_path, monkeypatch):
+    """Each reads what is there while no other one writes it."""
+    run, read = suites.Run(f"{workdir}@7", output=tmp_path, progress=False), suites._noted
+
+    def slow(folder):
+        found = read(folder)
+        time.sleep(0.2)
+        return found
+
+    monkeypatch.setattr(suites, "_noted", slow)
+    monkeypatch.setattr(suites, "_stamp", lambda *_: {"version": 1})
+    monkeypatch.setitem(
+        suites.SUITES, "samples", suites.Suite(lambda run, _: suites.Outcome([], {suites.SAMPLES: [{"step": 7}]}), {})
+    )
+    monkeypatch.setitem(suites.SUITES, "text", suites.Suite(lambda run, _: suites.Outcome([]), {}))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(lambda name: suites.evaluate(run, [name], again=True), ("samples", "text")))
+    assert len(json.loads((tmp_path / suites.EVALUATIONS).read_text())) == 2
+    names = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
+    assert names == {suites.EVALUATIONS, suites.SAMPLES, "results.jsonl"}
 
 
 def test_foreign_weights_give_the_numbers_of_the_run(model, workdir, tmp_path):

@@ -350,10 +350,15 @@ def evaluate_ngrams(run: Run, settings: Mapping) -> Outcome:
 def evaluate_samples(run: Run, settings: samples.Settings) -> Outcome:
     """Continuations or filled masks in samples.json; the row only points there."""
     made = samples.make(run.model, run.chosen["samples"], settings)
+    row = {"metric": "texts", "split": "valid", "n": len(made), "value": len(made), "predictions": SAMPLES}
+    return Outcome([row], {SAMPLES: made})
+
+
+def _with_other_steps(run: Run, made: list[dict]) -> list[dict]:
+    """What samples.json holds of other checkpoints, and after that what this one made."""
     path = run.output / SAMPLES
     before = json.loads(path.read_text("utf-8")) if path.exists() else []
-    row = {"metric": "texts", "split": "valid", "n": len(made), "value": len(made), "predictions": SAMPLES}
-    return Outcome([row], {SAMPLES: [*(one for one in before if one.get("step") != run.step), *made]})
+    return [*(one for one in before if one.get("step") != run.step), *made]
 
 
 def evaluate_pseudo_words(run: Run, settings: pseudo_words.Settings) -> Outcome:
@@ -742,15 +747,31 @@ def _evaluate_one(
         rows = [_row(run, name, {"predictions": path} | row) for row in outcome.rows]
     else:
         rows = [_row(run, name, row) for row in outcome.rows]
-    for file, value in files.items():
-        metrics.write_atomically(run.output / file, json.dumps(value, indent=1) + "\n")
-    metrics.append_results(run.output, rows)
-    _note(run, label, stamp)
+    with _only_writer(run.output):
+        if name == "samples":
+            files[SAMPLES] = _with_other_steps(run, files[SAMPLES])
+        for file, value in files.items():
+            metrics.write_atomically(run.output / file, json.dumps(value, indent=1) + "\n")
+        metrics.append_results(run.output, rows)
+        _note(run, label, stamp)
     seconds = time.perf_counter() - began
     note = f" ({outcome.note})" if outcome.note else ""
     say(f"{label}: step {run.step:,}, {len(rows)} rows in {seconds:.1f} s{note}")
     _show(run, label, show)
     return rows
+
+
+@contextlib.contextmanager
+def _only_writer(folder: epath.Path) -> Iterator[None]:
+    """Of files there that several measurements add to; in a bucket, which has no locks, the last writer is right."""
+    with contextlib.ExitStack() as lock:
+        if "://" not in str(folder):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock.enter_context(locked(Path(folder) / f".{EVALUATIONS}"))
+            except OSError as error:
+                raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+        yield
 
 
 def _tables_path(run: Run, label: str) -> str:

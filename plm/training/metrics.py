@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import shlex
 import subprocess
@@ -80,9 +81,12 @@ def read_metrics(workdir: epath.PathLike) -> list[dict]:
 
 
 def write_atomically(path: epath.PathLike, text: str) -> None:
-    """Writes a file that is never seen half-written: under another name, then renamed."""
+    """Writes a file that is never seen half-written: under another name, then renamed.
+
+    Of processes that write one at once, the last one's is there.
+    """
     path = epath.Path(path)
-    temporary = path.parent / f".{path.name}.tmp"
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text)

@@ -194,8 +194,8 @@ def _layer_factors(layers: int, factor: float):
 
 
 def sweep(add, arguments: str = "") -> None:
-    """Rates x epochs: of all papers' ways where all is tuned, of protocol 9 where a model is frozen; `--seeds=N` runs each
-    with N seeds."""
+    """Rates x epochs: those of all papers' ways where all is tuned, of protocol 9 where a model is frozen; `--seeds=N`
+    runs each with N seeds."""
     given = _arguments(arguments)
     rates = GRID["both"] if given.way in FROZEN_WAYS else sorted({rate for grid in GRID.values() for rate in grid})
     for rate in rates:

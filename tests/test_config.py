@@ -204,6 +204,14 @@ def test_a_warm_up_of_parts_of_a_step(schedule, steps, warmup):
     assert config.optimizer.warmup_steps == warmup
 
 
+@pytest.mark.parametrize(("kind", "pairs"), [("single", "apart"), ("single", "both_orders"), ("word", "both_orders")])
+def test_rows_of_two_texts_are_not_for_one(kind, pairs):
+    config = configs.load(f"{REPOSITORY}/experiments/finetune.py:custom,kind={kind}", complete=False)
+    config.objectives.classify.pairs = pairs
+    with pytest.raises(UserError, match=f"objectives.classify.pairs='{pairs}' is "):
+        configs.settle(config, task="mine", kind=kind, classes=2, vectors=0)
+
+
 def test_a_saved_config_comes_back():
     config = configs.resolve(configs.load(ELMO, {"checkpoint.keep_at": "(1,2)"}))
     again = configs.from_json(configs.to_json(config))

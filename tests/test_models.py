@@ -162,11 +162,11 @@ def test_a_table_of_its_own_is_what_trains_where_the_input_matrix_is_dropped(tie
     settings = {"tied": tied, "embedding_dropout": 0.5, "embedding_dropout_on": "matrix"}
     graph = toy_graph("transformer", "forward", **settings)
     params = graph.init(jax.random.key(0))
-    batch, noise = toy_batch("forward"), Noise(jax.random.key(1), jnp.arange(4))
+    batch, key = toy_batch("forward"), jax.random.key(1)
 
     def loss(params):
         model = graph.bind(params)
-        outputs, _ = model(batch, {}, noise)
+        outputs, _ = model(batch, {}, key)
         head = model.heads["causal"]
         return head.nll(
             outputs["hidden"], batch["causal_targets"], batch["causal_weights"], table=outputs.get("table")

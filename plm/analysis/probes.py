@@ -38,7 +38,7 @@ MIX = "mix"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """words: at most so many of the training part (texts for classes), of whole examples chosen by hash. batch: words
+    """words: about so many of the training part (texts for classes), of whole examples chosen by hash. batch: words
     in a step; chunk: in a call of the compiled program."""
 
     words: int = 100_000

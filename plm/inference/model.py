@@ -36,8 +36,6 @@ from plm.training import checkpoint
 from plm.training import config as configs
 from plm.training.record import CONFIG
 
-LANGUAGE_HEADS = ("causal", "bidirectional", "masked")
-
 
 def load(source: str, *, random: bool = False, allow_missing: str = "", vocabulary: str = "") -> "Model":
     """The model in a run's workdir (config.json, tokenizer/, checkpoints/), a converted or a foreign folder.
@@ -158,7 +156,7 @@ class Model:
     @property
     def head(self) -> str:
         """The name of its language model's head."""
-        names = [name for name in LANGUAGE_HEADS if name in self.config.objectives]
+        names = [name for name in configs.TOKEN_OBJECTIVES if name in self.config.objectives]
         if not names:
             trained = ", ".join(self.config.objectives)
             raise UserError(f"{self.source} has no language model's head: it was trained for {trained}")
@@ -287,11 +285,12 @@ class Model:
         """Continues a prompt, or each of several: the new text alone, at most `tokens` pieces of it.
 
         temperature: 0 takes the likeliest piece, 1 samples from the model's probabilities; top_k: only among the
-        likeliest k (0 = all); top_p: only among the likeliest pieces that together have this probability. The same
-        seed gives the same text, whatever the other prompts are. Ends early where the model ends the sentence (ELMo)
-        or the document, and before the first of the strings in `stop`. UNK, padding and the like are never drawn. Two
-        towers: the forward one writes. What was read is kept (`LanguageModel.initial_cache`), so each piece takes the
-        same time; where a Transformer's positions end, the older half of the text is forgotten.
+        likeliest k (0 = all); top_p: only among the likeliest pieces that together have this probability. The same seed
+        gives the prompt at the same place in the list the same text, whatever the others are. Ends early where the
+        model ends the sentence (ELMo) or the document, and before the first of the strings in `stop`. UNK, padding and
+        the like are never drawn. Two towers: the forward one writes. What was read is kept
+        (`LanguageModel.initial_cache`), so each piece takes the same time; where a Transformer's positions end, the
+        older half of the text is forgotten.
 
         Errors: UserError for a model that sees both sides, an empty prompt where the tokenizer has no start, and
         options out of range.

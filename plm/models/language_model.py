@@ -1,7 +1,7 @@
 """The language model: an embedding, one tower of blocks or two, and a head for each objective.
 
 Architecture (`transformer` or `lstm`), direction and input are independent choices; ELMo, GPT and BERT are three
-points among them (`elmo.py`, `gpt.py`, `bert.py` give their settings). Parameter names:
+points among them (`elmo.py`, `gpt.py`, `bert.py` of experiments/ give their settings). Parameter names:
 
 | part | names |
 | --- | --- |

@@ -1,6 +1,7 @@
 """Everything that a page is made of in one tar file: configs, records, results, predictions, studies, and checksums.
 
-Nothing else of a workdir goes along: no parameters, no text. `python -m plm.report BUNDLE.tar` makes the page again.
+Nothing else of a workdir goes along: no parameters and no corpus. (Predictions have the words of a tagged split,
+samples.json and senses.json sentences of the held-out text.) `python -m plm.report BUNDLE.tar` makes the page again.
 """
 
 import hashlib

@@ -362,6 +362,7 @@ OBJECTIVES: dict[str, tuple[tuple[str, Any, Rule, str], ...]] = {
     "span": _TASK_HEAD,
 }
 _COEFFICIENT = ("coefficient", 1.0, real(0.0, above=True), "factor of its mean loss in the loss")
+TOKEN_OBJECTIVES = ("causal", "bidirectional", "masked")  # whose loss is that of a token of the vocabulary
 TASK_OBJECTIVES = frozenset(("classify", "regress", "choose", "tag", "span"))
 _OUTSIDE = ("name", "", words(), "module:function of an objective of the user's own")
 

@@ -74,7 +74,7 @@ class Evaluator:
         values = {f"eval/{name}": value for name, value in means.items()}
         values |= {f"eval/{name}{metrics.TARGETS}": float(sums[name][1]) for name in means}
         values["eval/loss"] = sum(factor * means[name] for name, factor in self.coefficients.items())
-        for name in self._next_token_losses:
+        for name in self._losses_of_tokens:
             values[f"eval/{name}{metrics.PERPLEXITY}"] = math.exp(min(means[name], 700.0))
         if self.metrics:
             for name, value in task_results.measure(self.task, predictions).items():
@@ -86,13 +86,13 @@ class Evaluator:
         return self.batches.replicated.mesh
 
     @property
-    def _next_token_losses(self) -> list[str]:
-        return [name for name in self.coefficients if name.split("_")[0] not in configs.TASK_OBJECTIVES]
+    def _losses_of_tokens(self) -> list[str]:
+        return [name for name in self.coefficients if name.split("_")[0] in configs.TOKEN_OBJECTIVES]
 
     @property
     def losses(self) -> list[str]:
         """Names, without "eval/", of what an evaluation gives and of which less is better."""
-        return ["loss", *self.coefficients, *(f"{name}{metrics.PERPLEXITY}" for name in self._next_token_losses)]
+        return ["loss", *self.coefficients, *(f"{name}{metrics.PERPLEXITY}" for name in self._losses_of_tokens)]
 
     @property
     def metrics(self) -> tuple[str, ...]:

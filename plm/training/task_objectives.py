@@ -16,7 +16,7 @@ from plm.models.task_heads import valid_positions
 
 
 class _TaskObjective:
-    """What the five share. settings: `plm.training.config.TASK_OBJECTIVE` and the objective's own."""
+    """What the five share. settings: `_TASK_HEAD` of plm.training.config and the objective's own."""
 
     name: str
     directions = ("forward", "both", "full")

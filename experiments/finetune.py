@@ -51,8 +51,8 @@ FROZEN_WAYS = ("features", "probe", "static")
 WAYS = ("paper", "full", "bert", *FROZEN_WAYS)
 FROZEN = ("^(embedding|blocks|backward_blocks)/",)
 CHOICES = {"swag": 4, "dream": 3, "storycloze": 2, "race_middle": 4, "race_high": 4, "docstring_signature": 4}
-# Pieces of a row; of other kinds 128. No tag and no target word may be cut off; a passage with its question and an
-# answer is longer than a sentence.
+# Pieces of a row; of other kinds 128. No target word may be cut off, and a sentence is best tagged in one row; a
+# passage with its question and an answer is longer.
 LENGTHS = {"span": 384, "tagging": 512, "word": 512, "choice": 512}
 ALIKE = ("mrpc", "qqp", "stsb")  # two texts without an order: GPT reads them in both
 GRID = {"forward": (6.25e-5, 2e-4, 6e-4), "full": (2e-5, 5e-5, 2e-4), "both": (3e-4, 1e-3, 3e-3)}
@@ -86,7 +86,9 @@ def get_config(arguments: str = "", source=None):
     source = source or _stand_in()
     config = common.configure(_common(kind, source))
     buckets = tuple(n for n in (32, 64, 128, 256) if n < config.seq_len)
-    configs.set_task(config, {"name": given.task, "kind": given.kind, "buckets": buckets})
+    # BERT's questions have 64 pieces at most; of a model with few positions they leave half a row to the context.
+    question = {"question": min(64, config.seq_len // 2)} if kind == "span" else {}
+    configs.set_task(config, {"name": given.task, "kind": given.kind, "buckets": buckets, **question})
     with config.unlocked():
         config.model = source.model.copy_and_resolve_references()
     _recipe(config, given, kind, source)

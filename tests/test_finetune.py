@@ -10,6 +10,7 @@ import test_weights_elmo
 from fixtures import children, corpus
 from fixtures.children import ROOT, RUNS
 
+from experiments import compare, finetune
 from plm.analysis import suites, task_suite
 from plm.cache import cache_directory
 from plm.data import static_vectors, tasks
@@ -152,6 +153,11 @@ def test_controls(sources, task, tmp_path):
     begun = leaves(tmp_path / "top", 0)
     np.testing.assert_array_equal(begun[name][0], before[name][0])
     assert not np.any(begun[name][1] == before[name][1])
+
+
+@pytest.mark.parametrize(("source", "question"), [(compare.get_config("tiny,objective=masked"), 32), (None, 64)])
+def test_a_question_leaves_room_for_its_context(source, question):
+    assert finetune.get_config("docstring_span,way=full", source).data.task.question == question
 
 
 def test_a_run_that_could_not_begin_still_knows_where_it_starts_from(sources, task, tmp_path, monkeypatch):

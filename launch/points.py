@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from plm.command import INTERRUPTED
+from plm.command import is_failure
 from plm.errors import UserError
 from plm.training import config as configs
 
@@ -163,8 +163,7 @@ def state(workdir: epath.PathLike, jobs: Callable[[str], str] | None = None) -> 
         return "running" if _alive(record.get("pid"), record.get("command", [])) else "interrupted"
     if code == 0:
         return "finished"
-    # A signal (as Python or a shell tells it), or a stop with everything saved, is an interruption and not a failure.
-    return "interrupted" if code < 0 or code > 128 or code == INTERRUPTED else "failed"
+    return "failed" if is_failure(code) else "interrupted"
 
 
 def progress(workdir: epath.Path) -> dict[str, Any]:

@@ -22,6 +22,10 @@ REFUSALS = {
 LOCKLESS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # of file systems without locks
 
 
+class LocklessError(UserError):
+    """A file system has no locks."""
+
+
 def cache_directory() -> Path:
     """$PLM_CACHE, else ~/.cache/plm."""
     return Path(os.environ.get("PLM_CACHE") or Path.home() / ".cache" / "plm")
@@ -89,7 +93,7 @@ def writable(directory: Path) -> Iterator[None]:
 def locked(path: Path) -> Iterator[None]:
     """Holds `path.lock` while inside; the kernel lets go of it when a process dies, however it dies.
 
-    Errors: UserError on a file system that has no locks.
+    Errors: LocklessError on a file system that has none.
     """
     with open(path.with_name(path.name + ".lock"), "w") as file:
         try:
@@ -102,7 +106,7 @@ def locked(path: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in LOCKLESS:
                 raise
-            raise UserError(
+            raise LocklessError(
                 f"{path.parent} cannot be locked ({error.strerror}): a folder on a file system with locks is needed;"
                 " PLM_CACHE names the cache's"
             ) from error

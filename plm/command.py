@@ -11,6 +11,12 @@ BAD_INPUT = 2
 INTERRUPTED = 75  # sysexits.h: EX_TEMPFAIL. A run that was told to stop and saved itself: start it again.
 
 
+def is_failure(code: int) -> bool:
+    """Whether a process that left with this code failed. A signal (as Python or a shell tells it), or a stop with
+    everything saved, is an interruption."""
+    return 0 < code <= 128 and code != INTERRUPTED
+
+
 def complain(message: object) -> None:
     """Prints one line, whatever line breaks the message holds."""
     print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)

@@ -333,7 +333,11 @@ def test_a_point_that_failed_before_it_began_is_listed(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "point.json").write_text(json.dumps({"return_code": code}))
         (tmp_path / name / "log.txt").write_text("reading\nerror: seq_len=4 is too short\n\n")
+    (tmp_path / "job").mkdir()
+    for name, text in (("point.json", '{"backend": "slurm"}'), ("return_code", "2\n"), ("log.0.txt", "error: no\n")):
+        (tmp_path / "job" / name).write_text(text)
     by_name = {run.name: run.status for run in found(tmp_path)}
+    assert by_name.pop("job") == "failed, no step logged: no"
     assert by_name == {"gpt": "complete", "refused": "failed, no step logged: seq_len=4 is too short"}
     text = " ".join(Reader(page.html(page.prepare([found(tmp_path)]))).text)
     assert "seq_len=4 is too short" in text

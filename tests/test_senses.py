@@ -195,7 +195,7 @@ def test_static_vectors_from_files(models, text, tmp_path):
 
 
 def test_a_corpus_in_which_every_word_is_rare_has_no_vectors(tmp_path):
-    pytest.importorskip("gensim")
+    pytest.importorskip("gensim", reason="the optional extra `static` is not installed")
     (tmp_path / "a.txt").write_text("every word once")
     with pytest.raises(UserError, match=r"word2vec:text:.*a\.txt: no word occurs 2 times"):
         static_vectors.read(f"word2vec:text:{tmp_path}/a.txt", "static=it")

@@ -103,6 +103,8 @@ KEPT = {
     ("bert", "small"): (270, 450, 900, 1800, 3600, 5400, 7200, 9000),
     ("bert", "paper"): (30_000, 50_000, 100_000, 200_000, 400_000, 600_000, 800_000),
 }
+# Whose rate and duration in `TUNED` a model has whose parameters are all tuned, by how it reads, or from scratch.
+FULL = {reads: f"full-{reads}" for reads in ("causal", "bidirectional", "masked", "scratch")}
 # A model of a million parameters wants about ten times the rate of one of a hundred million. Those of tiny were chosen
 # by tuning.py, each entry's by the same number of trials, elmo's excepted; those of small are guesses until they are.
 TUNED: dict[tuple[str, str], dict[str, Any]] = {
@@ -118,7 +120,7 @@ TUNED: dict[tuple[str, str], dict[str, Any]] = {
     ("paper", "bert"): {},
     ("paper", "frozen"): {},
 }
-TUNED |= {("tiny", f"full-{reads}"): TUNED["tiny", "gpt"] for reads in ("causal", "bidirectional", "masked", "scratch")}
+TUNED |= {("tiny", name): TUNED["tiny", "gpt"] for name in FULL.values()}
 # Guesses, where nothing was tried: scratch like its model, and tuned by the common rule like by the paper's.
 for _budget in ("tiny", "small", "paper"):
     for _way in ("gpt", "bert", "elmo"):
@@ -135,8 +137,6 @@ TUNED |= {
     ("laptop", "bert-scratch"): {"optimizer.peak_lr": 1e-3, "total_epochs": 6.0},
 }
 BEST_EPOCH = "select=best"  # of finetune.py: protocol 9
-# Whose rate and duration in `TUNED` a model has whose parameters are all tuned, by how it reads, or from scratch.
-FULL = {reads: f"full-{reads}" for reads in ("causal", "bidirectional", "masked", "scratch")}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,10 +25,11 @@ def flag(share: float) -> str:
     return " FLAGGED" if share > FLAG else ""
 
 
-def is_share(row: Mapping, task: str) -> bool:
-    """Whether a row of results.jsonl says what share of a task's 8-grams its model was pretrained on."""
-    metric = row.get("metric")
-    return metric == f"{task}/{PRETRAINED}" or (row.get("suite") == "overlap" and metric == f"{task}/{SHARE}")
+def task_of(row: Mapping) -> str:
+    """The task of which a row of results.jsonl says what share of its 8-grams its model was pretrained on; "" for any
+    other row."""
+    task, _, name = str(row.get("metric")).partition("/")
+    return task if name == PRETRAINED or (row.get("suite"), name) == ("overlap", SHARE) else ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,7 +42,7 @@ from plm.analysis import (
     zero_shot,
 )
 from plm.analysis.results import MAJORITY, Table, layer_name
-from plm.cache import cache_directory, locked, once, writable
+from plm.cache import LocklessError, cache_directory, locked, once, writable
 from plm.data import sources
 from plm.data.examples import COPIED_WORDS
 from plm.data.pipeline import Corpus, open_corpus, open_text
@@ -763,12 +763,13 @@ def _evaluate_one(
 
 @contextlib.contextmanager
 def _only_writer(folder: epath.Path) -> Iterator[None]:
-    """Of files there that several measurements add to; in a bucket, which has no locks, the last writer is right."""
+    """Of files there that several measurements add to; without locks, as in a bucket, the last one is right."""
     with contextlib.ExitStack() as lock:
         if "://" not in str(folder):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                lock.enter_context(locked(Path(folder) / f".{EVALUATIONS}"))
+                with contextlib.suppress(LocklessError):
+                    lock.enter_context(locked(Path(folder) / f".{EVALUATIONS}"))
             except OSError as error:
                 raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
         yield

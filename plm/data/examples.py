@@ -217,12 +217,11 @@ def _tagged(record: Record, layout: Layout, tags: list[str] | None, numbers: Map
 def _answers(record: Record, context: str, value, task: Task) -> tuple[Answer, ...]:
     if value is None:
         return ()
-    if not isinstance(value, dict) or not {"text", "answer_start"} <= value.keys():
+    lists = ("text", "answer_start")
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), list | tuple) for key in lists):
         raise UserError(f"{record.where}: answers must be {{'text': [...], 'answer_start': [...]}}")
     if not value["text"] and not task.unanswerable:
         raise UserError(f"{record.where}: no answer, and task {task.name!r} has one for every question")
-    if not all(isinstance(value[key], list | tuple) for key in ("text", "answer_start")):
-        raise UserError(f"{record.where}: answers must be {{'text': [...], 'answer_start': [...]}}")
     if len(value["text"]) != len(value["answer_start"]):
         raise UserError(
             f"{record.where}: {len(value['text'])} texts of answers, and {len(value['answer_start'])} places where they"

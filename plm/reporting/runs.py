@@ -52,9 +52,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from plm.command import INTERRUPTED
+from plm.command import is_failure
 from plm.errors import UserError
 from plm.reporting.statistics import Summary, summarise
+from plm.training.metrics import counted_before
 
 MARKS = ("run.json", "config.json", "metrics.jsonl")
 POINT = "point.json"  # what a sweep notes of a point; alone in a workdir where the run failed before it began
@@ -192,9 +193,8 @@ class Run:
 
     def _earlier(self, name: str) -> tuple[int, float]:
         """(steps, what they took) of the run that this one goes on from, counting its steps."""
-        source = self.get("starts_from", default={}) if self.settings.get("init.keep") == "all" else {}
-        counted = (source.get("counts") or {}).get(name)
-        return (source["step"], counted) if is_finite(counted) else (0, 0.0)
+        begins, counts = counted_before(self.record, self.settings.get("init.keep"))
+        return (begins, counts[name]) if is_finite(counts.get(name)) else (0, 0.0)
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps [n], values [n]) of the finite values of one metric."""
@@ -268,12 +268,13 @@ def failed_early(folder: epath.Path) -> dict:
     try:
         code = json.loads((folder / POINT).read_text()).get("return_code")
         code = int((folder / "return_code").read_text()) if code is None else code  # a job of Slurm wrote it
-        log = (folder / "log.txt").read_bytes().decode(errors="replace")
+        if not is_failure(code):  # 0: a measurement, which is no run
+            return {}
     except (OSError, ValueError, AttributeError):
         return {}
-    if not 0 < code <= 128 or code == INTERRUPTED:  # 0: a measurement, which is no run; else a signal
-        return {}
-    said = [line for line in log.splitlines() if line.strip()]
+    logs = [log for log in (folder / "log.txt", folder / "log.0.txt") if log.exists()]  # the second one is Slurm's
+    lines = logs[0].read_bytes().decode(errors="replace").splitlines() if logs else []
+    said = [line for line in lines if line.strip()]
     return {"status": "failed", "error": said[-1].removeprefix("error: ") if said else f"exit code {code}"}
 
 

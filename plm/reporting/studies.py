@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from plm.analysis.minimal_pairs import GENERATED_SET
-from plm.analysis.overlap import is_share
+from plm.analysis.overlap import task_of
 from plm.analysis.results import counts_file
 from plm.errors import UserError
 from plm.reporting.runs import failed_early
@@ -256,7 +256,7 @@ class Results:
             row["value"]
             for cell in cells
             for row in self._read(cell.place)
-            if is_share(row, (cell.metric or column.metric).partition("/")[0])
+            if task_of(row) == (cell.metric or column.metric).partition("/")[0]
         )
         return max(shares, default=0.0)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from plm.analysis.overlap import flag, is_share
+from plm.analysis.overlap import flag, task_of
 from plm.reporting.runs import Arm, Run, differing_settings, is_finite
 from plm.reporting.statistics import Summary, smallest_p, summarise
 
@@ -653,22 +653,20 @@ def further_table(all_arms: Sequence[Arm]) -> Table | None:
     rows = []
     for arm in all_arms:
         found: dict[tuple, dict[int, dict]] = {}
-        measured = [row for run in arm.counted for row in run.results]
-
-        def seen(metric: str, measured=measured) -> float:
-            """Of the 8-grams of the task that a metric is of."""
-            shares = (row["value"] for row in measured if is_share(row, metric.partition("/")[0]))
-            return max(filter(is_finite, shares), default=0.0)
-
+        seen: dict[str, float] = {}  # task -> the largest share of its 8-grams
         for index, run in enumerate(arm.counted):
             for row in run.results:
+                if (task := task_of(row)) and is_finite(row["value"]):
+                    seen[task] = max(seen.get(task, 0.0), row["value"])
                 if row.get("suite") not in SHOWN_ELSEWHERE and is_finite(row["value"]):
                     key = (str(row.get("suite")), str(row["metric"]), row.get("split"))
                     found.setdefault(key, {}).setdefault(index, {})[row.get("head_seed")] = row
         for (suite, metric, split), by_run in found.items():
             values = [float(np.mean([row["value"] for row in heads.values()])) for heads in by_run.values()]
             n = next(iter(next(iter(by_run.values())).values())).get("n")
-            rows.append([suite, metric + flag(seen(metric)), split, arm.label, summarise(values), n])
+            rows.append(
+                [suite, metric + flag(seen.get(metric.partition("/")[0], 0.0)), split, arm.label, summarise(values), n]
+            )
     if not rows:
         return None
     rows.sort(key=lambda row: (row[0], row[1], str(row[2])))

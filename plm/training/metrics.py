@@ -430,6 +430,17 @@ class Result:
 # What run.json counts since step 0. Of the text by what it is called in the description of the corpus.
 TEXT_COUNTS = {"text_tokens": "tokens", "bytes": "bytes", "words": "words"}
 COUNTS = ("tokens", *TEXT_COUNTS, "epochs", "flops")
+
+
+def counted_before(facts: Mapping[str, Any], keep: str) -> tuple[int, dict[str, float]]:
+    """(steps, their `COUNTS`) of the run that one goes on from with init.keep=all; (0, {}) for any other.
+
+    facts: of run.json; keep: init.keep.
+    """
+    source = (facts.get("starts_from") or {}) if keep == "all" else {}
+    return (source["step"], source["counts"]) if source.get("counts") else (0, {})
+
+
 TARGETS, PERPLEXITY = "_targets", "_perplexity"  # behind the name of a held-out number
 
 

@@ -243,8 +243,7 @@ class Record:
     def _counts(self, step: int) -> dict[str, float | None]:
         """`metrics.COUNTS` since step 0: of the steps of a run that this one goes on from (`init.keep=all`) as many as
         it had, for its rows were others."""
-        source = (self.run.facts.get("starts_from") or {}) if self.config.init.keep == "all" else {}
-        begins, earlier = (source["step"], source["counts"]) if source.get("counts") else (0, {})
+        begins, earlier = metrics.counted_before(self.run.facts, self.config.init.keep)
         epochs = (step - begins) * self.config.batch_size / self.examples_per_epoch
         own = {name: epochs * self.text[of] for name, of in metrics.TEXT_COUNTS.items()}
         own |= {"tokens": (step - begins) * self.tokens_per_step, "epochs": epochs}

@@ -18,7 +18,7 @@ from plm.models.graph import ModelGraph
 from plm.models.layers import STACKED, logical_names
 from plm.training import checkpoint
 from plm.training import config as configs
-from plm.training.metrics import COUNTS, RunRecord
+from plm.training.metrics import COUNTS, RunRecord, counted_before
 from plm.training.record import CONFIG, TOKENIZER
 from plm.training.sharding import PyTree, paths_and_leaves, place
 from plm.training.step import TrainState
@@ -63,10 +63,8 @@ class Source:
 
     def _counts(self) -> dict[str, float]:
         """What the run had read and computed at this step, of `metrics.COUNTS`: each update takes as much."""
-        ended, before = self.facts.get("step"), {}
-        if self.config.get("init", {}).get("keep") == "all":
-            before = self.facts.get("starts_from") or {}
-        begins, earlier = (before["step"], before["counts"]) if before.get("counts") else (0, {})
+        begins, earlier = counted_before(self.facts, self.config.get("init", {}).get("keep"))
+        ended = self.facts.get("step")
         step = ended if self.step is None else self.step
         if not ended or ended <= begins:
             return {}

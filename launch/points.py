@@ -70,6 +70,20 @@ class Point:
         return (*program, *self.flags(), *([f"--workdir={self.workdir}"] if self.trains else []))
 
 
+def by_seed(points: Sequence[Point]) -> list[Point]:
+    """All points of the first seed, then those of the second one, and so on; a parent stands before its children.
+
+    Points that differ only by their seeds so do not begin together, and what is compiled for the first one is there for
+    the others; a sweep that is cut short has few seeds of everything, not everything of few.
+    """
+    keys: dict[str, tuple[int, ...]] = {}
+    for point in points:  # a parent stands before its children
+        seed = point.overrides.get("seed")
+        # As text it is the user's, the same for all and not checked yet.
+        keys[point.name] = (*keys.get(point.start, ()), seed if isinstance(seed, int) else 0)
+    return sorted(points, key=lambda point: keys[point.name])
+
+
 def stages(points: Sequence[Point]) -> list[list[Point]]:
     """The points that wait for nothing, those that start from one of them, and so on."""
     depth: dict[str, int] = {}

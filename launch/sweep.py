@@ -38,7 +38,19 @@ from absl import flags
 from etils import epath
 
 from launch import local, slurm, tpu
-from launch.points import RECORD, AtWorkError, OnlyOne, Point, Records, read_json, stages, state, table, write_json
+from launch.points import (
+    RECORD,
+    AtWorkError,
+    OnlyOne,
+    Point,
+    Records,
+    by_seed,
+    read_json,
+    stages,
+    state,
+    table,
+    write_json,
+)
 from plm.command import run as run_command
 from plm.errors import UserError
 from plm.reporting import studies
@@ -648,7 +660,7 @@ def main() -> int:
     points, study = read_points(_CONFIG.spec, root, _CONFIG.overrides, _FLAGS.seeds, shared)
     if study is not None:
         study.command = shlex.join(["python", "-m", "launch.sweep", *_of_all_points(sys.argv[1:])])
-    chosen, backend = choose(points, _FLAGS.only), backend_of(_FLAGS, root)
+    chosen, backend = by_seed(choose(points, _FLAGS.only)), backend_of(_FLAGS, root)
     if _FLAGS.status:
         jobs = backend.jobs()
         print(table(chosen, jobs))

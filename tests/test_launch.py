@@ -380,6 +380,17 @@ def test_every_worker_gets_its_share_of_the_cores():
     assert both[1].text() == "core 1; devices 2,3"
 
 
+def test_points_go_by_seeds(staged, tmp_path):
+    found = sweep.read_points(staged, tmp_path / "root")[0]
+    names = [point.name for point in points.by_seed(found)]
+    assert sorted(names) == sorted(point.name for point in found)
+    assert [name for name in names if "seed" in name] == ["gpt-seed0", "tuned-seed0", "gpt-seed1", "tuned-seed1"]
+    for point in found:
+        assert not point.start or names.index(point.start) < names.index(point.name)
+    given, _ = sweep.read_points("experiments/compare.py:tiny", tmp_path / "root", {"seed": "abc"})
+    assert points.by_seed(given) == given  # what is wrong with it, validation says
+
+
 def test_commands(experiment, tmp_path):
     """The command itself: dry runs start nothing, bad input is one line and exit code 2."""
 

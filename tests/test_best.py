@@ -120,4 +120,4 @@ def test_patience_ends_a_run_and_a_stopped_one_at_the_same_step(sources, task, t
 def test_an_evaluation_each_epoch(sources, task):  # noqa: F811
     config = config_of(sources / "pairs", task, "custom,kind=single,select=best")
     assert (config.eval.every_epochs, config.checkpoint.keep_best) == (1.0, "selects")
-    assert configs.resolve(config, examples_per_epoch=60).eval.every_steps == 8  # 60 rows, 8 at once
+    assert configs.resolve(config, examples_per_pass=60).eval.every_steps == 8  # 60 rows, 8 at once

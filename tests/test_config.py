@@ -164,9 +164,9 @@ def test_overriding_a_duration_clears_the_others(key):
 
 
 def test_every_duration_becomes_steps_in_one_place():
-    def steps(examples_per_epoch=None, **duration):
+    def steps(examples_per_pass=None, **duration):
         overrides = {"batch_size": 8, "seq_len": 32, "optimizer.warmup_steps": 0, **duration}
-        resolved = configs.resolve(configs.load(GPT, overrides), examples_per_epoch=examples_per_epoch)
+        resolved = configs.resolve(configs.load(GPT, overrides), examples_per_pass=examples_per_pass)
         assert [key for key in configs.DURATIONS if resolved[key] is not None] == ["total_steps"]
         assert resolved.optimizer.schedule_steps == resolved.total_steps
         return resolved.total_steps

@@ -348,6 +348,12 @@ def test_pairs_are_contiguous_text_of_the_documents_that_the_label_says(tmp_path
     report = layout.report
     assert (report["random"], report["examples"]) == (sum(labels), len(labels))
     assert report["tokens"] + report["padding_tokens"] == report["examples"] * 21
+    # A pass over the text is as many tokens as it has, whatever an epoch is.
+    many = layout_of("pairs", layout.split, BERT, T=24, duplicates=10)
+    rows = sides(examples_of(many, 0, 10 * many.examples_per_epoch))
+    read = np.cumsum([len(a) + len(b) for a, b, _ in rows])
+    assert np.searchsorted(read, 20 * len(owner)) == pytest.approx(20 * many.examples_per_pass, rel=0.03)
+    assert 10 < many.examples_per_epoch / many.examples_per_pass < 20  # the second texts come on top
 
 
 def test_pairs_have_the_published_statistics(tmp_path):

@@ -125,6 +125,9 @@ def test_the_record_of_a_run(kind, uninterrupted):
     run = json.loads((workdir / "run.json").read_text())
     assert run["peak_memory"]["process"] > 100e6
     assert (run["status"], run["step"], run["total_steps"]) == ("complete", 24, 24)
+    # Of the positions of its rows most hold text.
+    assert 0.5 * run["tokens"] < run["text_tokens"] <= run["tokens"]
+    assert run["text_tokens"] == pytest.approx(run["epochs"] * run["store"]["train"]["n_tokens"], abs=1)
     values = {row.metric: row.value for row in read_results(workdir) if row.step == 24}
     assert values["loss"] == lines[-1]["eval/loss"]
 

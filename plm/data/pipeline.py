@@ -61,6 +61,11 @@ class Batches:
         spans = [index[0].indices(batch_size)[:2] for index in held]
         self.first, self.last = min(s for s, _ in spans), max(e for _, e in spans)
 
+    @property
+    def examples_per_pass(self) -> float:
+        """Rows in one pass over the split, whatever the layout calls an epoch."""
+        return getattr(self.layout, "examples_per_pass", self.layout.examples_per_epoch)
+
     def _rows(self, step: int, rows: range) -> dict:
         """Rows of the layout with the fields of all objectives."""
         batch = dict(self.layout.rows(step, rows))

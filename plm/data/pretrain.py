@@ -9,7 +9,8 @@
 
 A layout has `rows(step, rows)` (a dict of arrays, int32 unless said, first axis len(rows); every slice of a batch is
 the same whatever process asks for it), `examples_per_epoch`, `report` (counts, with whatever never fits), for mode
-"eval" `steps`, and where rows are not always T long `batches_by_width` ({length: batches of an epoch}). T = seq_len:
+"eval" `steps`, where rows are not always T long `batches_by_width` ({length: batches of an epoch}), and where an epoch
+is not one pass over the text `examples_per_pass`, the rows that have as many tokens as it. T = seq_len:
 
 | key | shape | meaning |
 | --- | --- | --- |
@@ -352,7 +353,8 @@ class Pairs(_Layout):
     with probability 0.5. B's document is drawn among the others: the official ten tries without their rare failure.
 
     The spans are a plan in the store's folder, keyed by settings and seed; epochs permute it, an epoch is all
-    duplicates. Evaluation has one duplicate and one plan for all seeds. `report` counts the tokens that were cut.
+    duplicates, so that it passes over the text more than once (`examples_per_pass`). Evaluation has one duplicate and
+    one plan for all seeds. `report` counts the tokens that were cut.
     """
 
     def __init__(self, split, tokenizer, **arguments):
@@ -389,6 +391,7 @@ class Pairs(_Layout):
         )
         counts = json.loads((plan / "plan.json").read_text("utf-8"))["counts"]
         self.examples_per_epoch = counts["examples"]
+        self.examples_per_pass = counts["examples"] * split.n_tokens / counts["tokens"]
         if self.training:
             self.order = _Epochs(self.examples_per_epoch, self.seed, "pairs")
         else:

@@ -131,7 +131,7 @@ def _resolved(config, corpus_tokens: int, platform: str):
     unknown = config.total_epochs is not None and not corpus_tokens
     epochs = config.total_epochs or 1
     rows = corpus_tokens / config.seq_len if corpus_tokens else UNKNOWN_STEPS * config.batch_size / epochs
-    resolved = configs.resolve(config, examples_per_epoch=rows, platform=platform)
+    resolved = configs.resolve(config, examples_per_pass=rows, platform=platform)
     return resolved, None if unknown else resolved.total_steps
 
 

@@ -1025,12 +1025,12 @@ def resolve_seeds(config: ConfigDict) -> ConfigDict:
     return config.lock()
 
 
-def resolve(config: ConfigDict, *, examples_per_epoch: float | None = None, platform: str | None = None) -> ConfigDict:
+def resolve(config: ConfigDict, *, examples_per_pass: float | None = None, platform: str | None = None) -> ConfigDict:
     """A copy in which everything is said: `total_steps` is the only duration, seeds and schedule length are numbers.
 
     Args:
       config: a validated config.
-      examples_per_epoch: rows of the layout in one pass over the training split; needed for what is said in epochs.
+      examples_per_pass: rows of the layout in one pass over the training split, for what is said in epochs.
       platform: of the devices ("cpu", "gpu", "tpu"), to settle precision.compute='auto'; None leaves it.
 
     Raises:
@@ -1043,17 +1043,17 @@ def resolve(config: ConfigDict, *, examples_per_epoch: float | None = None, plat
     elif config.total_examples is not None:
         steps = -(-config.total_examples // rows)
     elif config.total_epochs is not None:
-        if not examples_per_epoch:
-            raise ValueError("total_epochs needs examples_per_epoch")
+        if not examples_per_pass:
+            raise ValueError("total_epochs needs examples_per_pass")
         # Rounded before the ceiling: 0.1 x 30 must not become 4 steps of one row.
-        steps = math.ceil(round(config.total_epochs * examples_per_epoch / rows, 6))
+        steps = math.ceil(round(config.total_epochs * examples_per_pass / rows, 6))
     else:
         steps = config.total_steps
     for key in DURATIONS:
         config[key] = None
     config.total_steps = max(steps, 1)
-    if config.eval.every_epochs and examples_per_epoch:
-        config.eval.every_steps = max(round(config.eval.every_epochs * examples_per_epoch / rows), 1)
+    if config.eval.every_epochs and examples_per_pass:
+        config.eval.every_steps = max(round(config.eval.every_epochs * examples_per_pass / rows), 1)
         config.eval.every_epochs = 0.0
     optimizer = config.optimizer
     optimizer.schedule_steps = optimizer.schedule_steps or config.total_steps

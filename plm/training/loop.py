@@ -167,7 +167,7 @@ def train(config, workdir: epath.PathLike) -> dict[str, float]:
     )
     batches = make_batches(config, corpus, "train", mesh)
     config = configs.resolve(
-        config, examples_per_epoch=batches.layout.examples_per_epoch, platform=mesh.devices.flat[0].platform
+        config, examples_per_pass=batches.examples_per_pass, platform=mesh.devices.flat[0].platform
     )
     record = Record(workdir, config, enabled=chief)
     record.refuse_another_config(corpus)

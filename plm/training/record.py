@@ -82,7 +82,7 @@ class Record:
             tokenizer.save(self.workdir / TOKENIZER)
         device = jax.devices()[0]
         self.start, self.device_kind, self.n_devices = start, device.device_kind, mesh.size
-        self.examples_per_epoch = batches.layout.examples_per_epoch
+        self.examples_per_pass = batches.examples_per_pass
         # Batches of a task are as long as their rows want.
         widths = getattr(batches.layout, "batches_by_width", None) or {config.seq_len: 1}
         shares = {width: n / sum(widths.values()) for width, n in widths.items()}
@@ -147,7 +147,7 @@ class Record:
             f"{self.run.facts['architecture']} x {' + '.join(config.objectives)}: {total:,} parameters ({parts})\n"
             f"{self.text['tokens']:,} tokens of {corpus.meta['source']} by {tokenizer.kind} of {tokenizer.size:,};"
             f" {config.total_steps:,} steps of {self.tokens_per_step:,} tokens,"
-            f" {config.total_steps * config.batch_size / self.examples_per_epoch:.2f} epochs;"
+            f" {config.total_steps * config.batch_size / self.examples_per_pass:.2f} epochs;"
             f" {mesh.size} x {device.device_kind}, {config.precision.compute}"
         )
         if config.optimizer.warmup_steps >= config.total_steps:
@@ -244,7 +244,7 @@ class Record:
         """`metrics.COUNTS` since step 0: of the steps of a run that this one goes on from (`init.keep=all`) as many as
         it had, for its rows were others."""
         begins, earlier = metrics.counted_before(self.run.facts, self.config.init.keep)
-        epochs = (step - begins) * self.config.batch_size / self.examples_per_epoch
+        epochs = (step - begins) * self.config.batch_size / self.examples_per_pass
         own = {name: epochs * self.text[of] for name, of in metrics.TEXT_COUNTS.items()}
         own |= {"tokens": (step - begins) * self.tokens_per_step, "epochs": epochs}
         counts = {name: value + earlier.get(name, 0) for name, value in own.items()}

@@ -68,6 +68,21 @@ def test_padding_changes_nothing(architecture, direction):
 
 @pytest.mark.parametrize("architecture", ["transformer", "lstm"])
 @pytest.mark.parametrize("direction", ["forward", "both", "full"])
+def test_rows_without_segments_are_of_the_first_one(architecture, direction):
+    graph = toy_graph(architecture, direction, segments=2)
+    model = graph.bind(graph.init(jax.random.key(0)))
+    tokens = jnp.arange(B * T).reshape(B, T)
+    without, first, second = (
+        model({"tokens": tokens} | given, {})[0]
+        for given in ({}, *({"segments": jnp.full((B, T), row, jnp.int32)} for row in (0, 1)))
+    )
+    for name in without:
+        np.testing.assert_array_equal(without[name], first[name])
+        assert np.abs(without[name] - second[name]).max() > 1e-3
+
+
+@pytest.mark.parametrize("architecture", ["transformer", "lstm"])
+@pytest.mark.parametrize("direction", ["forward", "both", "full"])
 def test_unrolled_and_remat_compute_the_same(architecture, direction):
     batch = toy_batch(direction)
 

@@ -338,8 +338,6 @@ class Model:
             batch["characters"] = self.characters(tokens, open_words)
         else:
             batch["tokens"] = self.tokenizer.target_id(tokens).astype(np.int32)
-        if self.config.model.get("segments"):
-            batch["segments"] = np.zeros((rows, width), np.int32)
         return batch
 
     def characters(self, ids: np.ndarray, open_words: list[str]) -> np.ndarray:

@@ -82,8 +82,9 @@ class Embedding(nnx.Module):
         dropped matrix.
         """
         x = self.without_context(tokens, table)
-        if self.segments is not None and segments is not None:
-            x = x + self.segments(segments, self.dtype)
+        if self.segments is not None:
+            # Rows that name no segments are of the first one, as in BERT's code.
+            x = x + self.segments(jnp.zeros((1, 1), jnp.int32) if segments is None else segments, self.dtype)
         if self.positions is not None and start is not None:
             x = x + self.positions(start[:, None] + jnp.arange(x.shape[1])[None], self.dtype)
         elif self.positions is not None:

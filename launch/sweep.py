@@ -603,7 +603,9 @@ def define_flags() -> configs.ConfigFlags:
     flags.DEFINE_string("shared", "", "folder of the points that several sweeps need; ROOT/../shared by default")
     flags.DEFINE_enum("backend", "local", ["local", "slurm", "tpu"], "where points run")
     flags.DEFINE_integer("seeds", 0, "seeds for each point; 0 = the one of its config", lower_bound=0)
-    flags.DEFINE_list("only", [], "names or patterns of the points to run or show")
+    flags.DEFINE_multi_string(
+        "only", [], "names or patterns of the points to run or show, separated by commas; may be given several times"
+    )
     flags.DEFINE_enum("retry", "none", ["none", "failed"], "failed: points that failed run again")
     flags.DEFINE_integer("workers", 1, "points that run at once", lower_bound=1)
     flags.DEFINE_integer("processes", 1, "local and slurm: processes for each point", lower_bound=1)
@@ -660,7 +662,8 @@ def main() -> int:
     points, study = read_points(_CONFIG.spec, root, _CONFIG.overrides, _FLAGS.seeds, shared)
     if study is not None:
         study.command = shlex.join(["python", "-m", "launch.sweep", *_of_all_points(sys.argv[1:])])
-    chosen, backend = by_seed(choose(points, _FLAGS.only)), backend_of(_FLAGS, root)
+    only = [pattern for text in _FLAGS.only for pattern in text.split(",") if pattern]
+    chosen, backend = by_seed(choose(points, only)), backend_of(_FLAGS, root)
     if _FLAGS.status:
         jobs = backend.jobs()
         print(table(chosen, jobs))

@@ -402,6 +402,9 @@ def test_commands(experiment, tmp_path):
     dry = run("--config=experiments/compare.py:tiny", f"--root={root}", "--dry_run")
     assert dry.returncode == 0, dry.stderr
     assert [line.rpartition("/")[2] for line in dry.stdout.splitlines()] == ["elmo", "gpt", "bert"]
+    only = ("--only=elmo", "--only=b*,b*t")
+    dry = run("--config=experiments/compare.py:tiny", f"--root={root}", "--dry_run", *only)
+    assert [line.rpartition("/")[2] for line in dry.stdout.splitlines()] == ["elmo", "bert"]
     assert not root.exists()
     bad = run("--config=experiments/compare.py:tiny", f"--root={root}", "--backend=slrum")
     assert bad.returncode == 2

@@ -244,6 +244,16 @@ def test_dropout_of_a_row_depends_on_its_global_number_only():
     assert abs(float((big == 0).mean()) - 0.1) < 4 * (0.09 / 200_000) ** 0.5
 
 
+def test_dropout_keeps_the_mean_in_bfloat16():
+    key = jax.random.key(3)
+    x = jax.random.uniform(key, (4, 50_000), minval=1.0, maxval=2.0).astype(jnp.bfloat16)
+    dropped = dropout(x, 0.1, Noise(key, jnp.arange(4)), "rate")
+    assert dropped.dtype == jnp.bfloat16
+    before, after = (np.asarray(values, np.float64) for values in (x, dropped))
+    kept = after != 0
+    assert after[kept].sum() / before[kept].sum() == pytest.approx(1 / 0.9, rel=1e-4)
+
+
 def test_too_long_a_sequence_is_refused():
     graph = toy_graph("transformer", "forward")
     with pytest.raises(UserError, match="33 tokens is longer than model"):

@@ -80,7 +80,9 @@ def dropout(x: jax.Array, rate: float, noise: Noise | None, name: str) -> jax.Ar
     noise = noise.named(name)
     keys = jax.vmap(lambda row: jax.random.fold_in(noise.key, row))(noise.rows)
     keep = jax.vmap(lambda key: _keep_mask(key, x.shape[1:], rate))(keys)
-    return jnp.where(keep, x * jnp.asarray(1.0 / (1.0 - rate), x.dtype), jnp.zeros((), x.dtype))
+    # In float32: rounded to bfloat16 the factor itself would be off, by 0.2% at a rate of 0.1, the same way each time.
+    scaled = x.astype(jnp.float32) * (1.0 / (1.0 - rate))
+    return jnp.where(keep, scaled.astype(x.dtype), jnp.zeros((), x.dtype))
 
 
 def dropout_parameter(parameter: jax.Array, rate: float, noise: Noise | None, name: str) -> jax.Array:

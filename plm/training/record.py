@@ -248,7 +248,7 @@ class Record:
         own = {name: epochs * self.text[of] for name, of in metrics.TEXT_COUNTS.items()}
         own |= {"tokens": (step - begins) * self.tokens_per_step, "epochs": epochs}
         counts = {name: value + earlier.get(name, 0) for name, value in own.items()}
-        # A sum of two parts is the whole again: it differs in the last bit.
+        # Rounded, since the sum of the two parts of a run that goes on differs from the whole in the last bit.
         counts = {name: round(value, 12) if name == "epochs" else round(value) for name, value in counts.items()}
         known = self.flops is not None and (not begins or "flops" in earlier)
         return counts | {"flops": earlier.get("flops", 0) + (step - begins) * self.flops if known else None}
